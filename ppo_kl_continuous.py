@@ -1,0 +1,733 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.9.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""Proximal policy optimization (PPO) with the KL penalty: adaptive, fixed or none; for continuous actions.
+
+PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken,
+weighted by the ratio of their probabilities under the new and the old policy. Far from the old policy
+the surrogate means nothing, so the KL divergence from the old policy is subtracted, times a coefficient.
+The constraint of TRPO (`trpo_continuous.py`) has become a price. No single price suits a whole run, so
+after every iteration it is doubled where the policy moved too far and halved where it hardly moved.
+
+Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347, section 4;
+equation numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
+
+Where this file departs from the paper, each a field of `Args` with its reason: observations are
+normalised, rewards scaled, advantages normalised and recomputed with the newest critic at every epoch,
+the learning rate decays, the gradient's norm is clipped, and a time limit is not a termination.
+
+    python ppo_kl_continuous.py --env-id Walker2d-v5 --seed 2
+    python ppo_kl_continuous.py --kl-coef 3 --no-adapt-kl-coef        # fixed penalty
+    python ppo_kl_continuous.py --kl-coef 0 --no-adapt-kl-coef        # no penalty: the bare surrogate
+    python ppo_kl_continuous.py --resume RUN_DIR --total-timesteps 2000000
+    python ppo_kl_continuous.py --evaluate RUN_DIR --capture-video
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"
+    """Any registered Gymnasium environment with a continuous action space; `module:Env-v0` imports module first."""
+    seed: int = 1
+    """Seed of the networks, the actions and the environments."""
+    total_timesteps: int = 1_000_000
+    """Environment steps of the whole run, all environments together."""
+    num_envs: int = 8
+    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
+    num_steps: int = 256
+    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
+    num_threads: int = 1
+    """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
+    compile: bool = False
+    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+
+    hidden_size: int = 64
+    """Width of the two hidden layers of actor and critic. [paper, sec. 6.1: 64]"""
+    init_log_std: float = -0.5
+    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: about -0.5 is best]"""
+    learning_rate: float = 3e-4
+    """Step size of Adam at the start. [paper, table 3]"""
+    anneal_lr: bool = True
+    """Let the learning rate fall linearly to 0 over the run. [paper, table 5, on Atari; arXiv 2006.05990]"""
+    num_epochs: int = 10
+    """Passes over the batch in one iteration. [paper, table 3]"""
+    num_minibatches: int = 32
+    """Gradient steps per pass. [paper, table 3: minibatches of 64 samples]"""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]. [paper, table 3]"""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimator, in [0, 1]. [paper, table 3]"""
+    kl_coef: float = 1.0
+    """β of eq. 8 at the start. [paper, sec. 4: not important, as it adapts quickly]"""
+    adapt_kl_coef: bool = True
+    """Double or halve β after an iteration whose KL is far from target_kl; off: the fixed β of sec. 4."""
+    target_kl: float = 0.01
+    """d_targ of sec. 4, the mean KL that an iteration is to move the policy by. [paper, table 1: 0.01 is best]"""
+    value_coef: float = 0.5
+    """c1 of eq. 9, the weight of the value loss; actor and critic share only the gradient clipping. [CleanRL]"""
+    entropy_coef: float = 0.0
+    """c2 of eq. 9, the weight of the entropy bonus. [paper, sec. 6.1: none on MuJoCo]"""
+    value_clip: float | None = None
+    """Clip the change of a value per iteration to this, as OpenAI Baselines do. [arXiv 2006.05990: no gain]"""
+    max_grad_norm: float = 0.5
+    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.6]"""
+    recompute_advantages: bool = True
+    """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
+    normalize_advantages: bool = True
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]"""
+    normalize_observations: bool = True
+    """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
+    scale_rewards: bool = True
+    """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
+
+    run_dir: Path | None = None
+    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    checkpoint_interval: int = 10
+    """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    evaluate: Path | None = None
+    """Only play the policy saved in this directory."""
+    eval_episodes: int = 10
+    """Episodes of the deterministic evaluation at the end of training, or of --evaluate."""
+    capture_video: bool = False
+    """Record the first evaluation episode as an mp4 in the run directory's videos/."""
+
+
+LIMITS = {  # inclusive; a number that is not named here must be positive
+    "seed": (0, 2**62),
+    "init_log_std": (-10.0, 10.0),
+    "kl_coef": (0.0, 1e4),
+    "gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "value_coef": (0.0, 1e9),
+    "entropy_coef": (0.0, 1e9),
+}
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all the data seen so far, in buffers, so that a checkpoint carries them."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # what `normalize` needs of them, in float32
+        self.register_buffer("scale", torch.ones(shape))
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Take in x, [batch, *shape]; exact however the data is batched (Chan et al. 1979)."""
+        x = x.double()
+        mean, var, count = x.mean(0), x.var(0, unbiased=False), len(x)
+        delta, total = mean - self.mean, self.count + count
+        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
+        self.mean.add_(delta * count / total)
+        self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_(torch.rsqrt(self.var + 1e-8))
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., *shape] in standard deviations from the mean, within ±10."""
+        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+
+
+class RewardScaler(RunningMeanStd):
+    """Scales rewards by the standard deviation of the discounted return, so that values are of order 1."""
+
+    @torch.no_grad()
+    def forward(self, rewards: torch.Tensor, dones: torch.Tensor, gamma: float, running: torch.Tensor) -> torch.Tensor:
+        """rewards and dones [num_steps, num_envs]; running [num_envs], each environment's discounted
+        return so far, is carried on in place. The batch enters the statistics before it is scaled."""
+        returns = []
+        for reward, done in zip(rewards, dones):
+            running.mul_(gamma).add_(reward)
+            returns.append(running.clone())
+            running[done] = 0.0
+        self.update(torch.cat(returns))
+        return rewards * self.scale
+
+
+def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """Tanh layers of these sizes, orthogonally initialised; the last one is linear with its own gain."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, 2**0.5)
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, last_gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Actor and critic without shared parameters (paper, sec. 6.1), and the statistics of what they observe.
+
+    Takes the single environment's spaces: a flat Box of observations, a Box of actions of any shape.
+    """
+
+    def __init__(
+        self, observation_space: gym.Space, action_space: gym.Space, hidden_size: int = 64, init_log_std: float = -0.5
+    ):
+        super().__init__()
+        obs_size, action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
+        # A last actor layer close to 0 starts with the same wide distribution everywhere (arXiv 2006.05990).
+        self.actor_mean = mlp([obs_size, hidden_size, hidden_size, action_size], last_gain=0.01)
+        self.actor_log_std = nn.Parameter(torch.full((action_size,), init_log_std))
+        self.critic = mlp([obs_size, hidden_size, hidden_size, 1], last_gain=1.0)
+        self.obs_stats = RunningMeanStd((obs_size,))
+        self.register_buffer("kl_coef", torch.tensor(1.0))  # β; a buffer, so that a checkpoint carries it
+
+    def distribution(self, obs: torch.Tensor) -> Distribution:
+        """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
+        mean = self.actor_mean(self.obs_stats.normalize(obs))
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(obs), [batch], in units of scaled reward, for obs [batch, obs_size]."""
+        return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------- mathematics
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminations: torch.Tensor,
+    dones: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (GAE paper, eq. 16; PPO paper, eq. 11 and 12).
+
+    All tensors are [num_steps, num_envs]. `values[t]` is V of the state in which step t was taken,
+    `next_values[t]` V of the state it really led to: of the last observation of the episode where one
+    ended, not of the next one's first. `terminations` says that nothing follows that state, `dones`
+    (terminated or truncated) that the episode ended there: the first stops the bootstrap, the second
+    the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
+    targets of the critic.
+    """
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
+    advantage, advantages = torch.zeros_like(values[0]), []
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
+        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantages.append(advantage)
+    advantages = torch.stack(advantages[::-1])
+    return advantages, advantages + values
+
+
+def gaussian_kl(old: Distribution, new: Distribution) -> torch.Tensor:
+    """KL(π_old(·|s) ‖ π(·|s)) of each state, [batch], in nats, in closed form, for Gaussians with
+    independent components and means and standard deviations [batch, action_size]."""
+    variance_ratio = (old.stddev / new.stddev) ** 2
+    distance = ((old.mean - new.mean) / new.stddev) ** 2
+    return 0.5 * (variance_ratio - 1.0 - variance_ratio.log() + distance).sum(-1)
+
+
+def kl_penalized_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_coef: float | torch.Tensor
+) -> torch.Tensor:
+    """L^KLPEN of each sample (eq. 8), to be maximised; ratio = π(a|s) / π_old(a|s) and kl = KL(π_old(·|s) ‖ π(·|s)),
+    all [batch]; kl_coef is β.
+
+    At the old policy the KL and its gradient are 0, so the first step is that of the bare surrogate: the
+    penalty acts through its curvature, β times the Fisher matrix, once the policy has moved.
+    """
+    return ratio * advantages - kl_coef * kl
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
+    """β for the next iteration, from the mean KL that this one has moved the policy by (sec. 4).
+
+    Too far, kl > 1.5 target_kl: the price doubles; hardly at all, kl < target_kl / 1.5: it halves. A slide
+    deck in circulation says that β shrinks when the KL is too high; it is the other way round. Kept
+    within [1e-4, 1e4], as a β of 0 or infinity could never come back.
+    """
+    if kl > 1.5 * target_kl:
+        kl_coef = kl_coef * 2.0
+    elif kl < target_kl / 1.5:
+        kl_coef = kl_coef / 2.0
+    return min(max(kl_coef, 1e-4), 1e4)
+
+
+def squared_error(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None):
+    """(V - V_targ)² of each sample (eq. 9), all [batch]; with value_clip the larger of it and the same
+    with V kept within value_clip of old_values (OpenAI Baselines)."""
+    error = (values - returns) ** 2
+    if value_clip is not None:
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        error = torch.max(error, (clipped - returns) ** 2)
+    return error
+
+
+# ---------------------------------------------------------------------------- one iteration
+
+
+class Rollout(NamedTuple):
+    """What one iteration has seen, each [num_steps, num_envs, ...]."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor  # as sampled, before the environment's box clips them
+    rewards: torch.Tensor  # raw
+    next_obs: torch.Tensor  # the true successor, also where an episode ended
+    terminations: torch.Tensor
+    dones: torch.Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int):
+    """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
+
+    Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
+    Raises FloatingPointError at the first NaN or infinity that an environment returns.
+    """
+    action_space, device = envs.single_action_space, agent.actor_log_std.device
+    steps, episodes = [], []
+    for _ in range(num_steps):
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        action = agent.distribution(obs).sample()
+        # Only the environment sees the clipped action: its log-probability would be another density's.
+        env_action = action.cpu().numpy().reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
+        next_obs, reward, terminated, truncated, infos = envs.step(env_action)
+        global_step += envs.num_envs
+        successor, done = next_obs, terminated | truncated
+        if done.any():  # the environment has started its next episode within this step
+            successor = next_obs.copy()
+            successor[done] = np.stack(infos["final_obs"][done])
+            for i in np.flatnonzero(done):
+                episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+        if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
+            what = "an observation" if np.isfinite(reward).all() else "a reward"
+            raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
+        steps.append((obs, action, reward, successor, terminated, done))
+        obs = next_obs
+    obs_, actions, *rest = zip(*steps)
+    rewards, next_obs_, terminations, dones = (torch.as_tensor(np.stack(x), device=device) for x in rest)
+    rollout = Rollout(torch.stack(obs_), torch.stack(actions), rewards.float(), next_obs_.float(), terminations, dones)
+    return rollout, obs, episodes
+
+
+@torch.no_grad()
+def estimate_advantages(agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args):
+    """(advantages, returns, values) of the rollout by the current critic, each [num_steps * num_envs]."""
+    values = agent.value(rollout.obs)
+    next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
+    next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
+    advantages, returns = compute_gae(
+        rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
+    )
+    if args.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    return advantages.flatten(), returns.flatten(), values.flatten()
+
+
+@torch.no_grad()
+def approximate_kl(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(π_old ‖ π) estimated from the actions taken: mean of r - 1 - log r, unbiased and never negative
+    (estimator k3 of http://joschu.net/blog/kl-approx.html)."""
+    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
+    return (log_ratio.exp() - 1.0 - log_ratio).mean()
+
+
+def loss_gradient(
+    agent: Agent, parameters: list[nn.Parameter], minibatch: tuple[torch.Tensor, ...], args: Args
+) -> list[torch.Tensor]:
+    """Gradient of eq. 9 with eq. 8 for its first term, over one minibatch, one tensor a parameter, its norm clipped."""
+    obs, actions, old_log_probs, old_means, old_stds, advantages, returns, old_values = minibatch
+    distribution = agent.distribution(obs)
+    ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
+    kl = gaussian_kl(Normal(old_means, old_stds, validate_args=False), distribution)
+    objective = kl_penalized_surrogate(ratio, advantages, kl, agent.kl_coef).mean()  # eq. 8
+    value_loss = squared_error(agent.value(obs), old_values, returns, args.value_clip).mean()
+    loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
+    gradients = torch.autograd.grad(loss, parameters)
+    clip = (args.max_grad_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    return [gradient * clip for gradient in gradients]
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, rewards: torch.Tensor, args: Args, gradient
+) -> dict[str, float]:
+    """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
+
+    `rewards` [num_steps, num_envs] are the scaled ones, `gradient` is `loss_gradient` or its compiled
+    form. Returns the scalars for the log, taken over the whole batch after the last step.
+    """
+    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
+    parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
+    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at exactly 1
+        old = agent.distribution(obs)
+        old_log_probs, old_means, old_stds = old.log_prob(actions), old.mean, old.stddev
+    advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)
+    explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)
+
+    for epoch in range(args.num_epochs):
+        if epoch > 0 and args.recompute_advantages:
+            advantages, returns, _ = estimate_advantages(agent, rollout, rewards, args)
+        shuffle = torch.randperm(len(obs), device=obs.device)
+        batch = (obs, actions, old_log_probs, old_means, old_stds, advantages, returns, old_values)
+        for minibatch in zip(*(x[shuffle].split(minibatch_size) for x in batch)):
+            for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
+                parameter.grad = grad
+            optimizer.step()
+
+    with torch.no_grad():
+        distribution = agent.distribution(obs)
+        ratio = (distribution.log_prob(actions) - old_log_probs).exp()
+        kl = gaussian_kl(old, distribution)
+        metrics = {
+            "losses/policy_loss": -kl_penalized_surrogate(ratio, advantages, kl, agent.kl_coef).mean(),
+            "losses/kl": kl.mean(),
+            "losses/value_loss": squared_error(agent.value(obs), old_values, returns, args.value_clip).mean(),
+            "losses/entropy": distribution.entropy().mean(),
+            "losses/approx_kl": approximate_kl(agent, obs, actions, old_log_probs),
+            "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
+            "losses/explained_variance": explained_variance,
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------- the algorithm
+
+
+def train(args: Args) -> Path:
+    """PPO, algorithm 1 of the paper with the objective of its section 4: collect, estimate advantages,
+    optimise the penalised surrogate, adapt the price of the KL, repeat.
+
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
+    """
+    check_args(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.device == "cuda" else "cpu")
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.hidden_size, args.init_log_std)
+    agent.to(device).kl_coef.fill_(args.kl_coef)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    reward_scaler = RewardScaler().to(device)
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
+    gradient = torch.compile(loss_gradient) if args.compile else loss_gradient
+
+    run = Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)
+    batch_size = args.num_envs * args.num_steps
+    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    discounted_returns = torch.zeros(args.num_envs, device=device)
+    while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
+        rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+        rewards = rollout.rewards
+        if args.scale_rewards:
+            rewards = reward_scaler(rewards, rollout.dones, args.gamma, discounted_returns)
+        metrics = update(agent, optimizer, rollout, rewards, args, gradient)
+        if args.normalize_observations:  # only now: while it collects and learns, the policy sees one normalisation
+            agent.obs_stats.update(rollout.obs.flatten(0, 1))
+        metrics["charts/kl_coef"] = float(agent.kl_coef)
+        if args.adapt_kl_coef:
+            agent.kl_coef.fill_(adapt_kl_coef(metrics["charts/kl_coef"], metrics["losses/kl"], args.target_kl))
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        run.log(batch_size, episodes, metrics)
+    envs.close()
+    run.close()
+    report_evaluation(agent, args, run.run_dir)
+    return run.run_dir
+
+
+# ---------------------------------------------------------------------------- environments and evaluation
+
+
+class RefusedError(ValueError):
+    """An argument that cannot work, found before any work was done."""
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment with observations flattened to a vector. Raises RefusedError where it does not exist or fit."""
+    try:
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError, AttributeError) as error:
+        hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
+        raise RefusedError(f"env_id: {env_id!r} cannot be made ({error}){hint}") from error
+    if not isinstance(env.action_space, gym.spaces.Box):
+        hint = "ppo_atari.py plays Atari games; " if "NoFrameskip" in env_id or env_id.startswith("ALE/") else ""
+        raise RefusedError(
+            f"env_id: {env_id} has the action space {env.action_space}, but this script needs continuous actions "
+            f"(a Box); {hint or 'none of the four scripts fits, '}HalfCheetah-v5 and Pendulum-v1 would work"
+        )
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
+    first observation of the next one, and its own last observation in infos["final_obs"]."""
+    envs = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
+    """Raw returns [num_episodes] of the policy's mean action; agent and statistics stay as they are.
+
+    With video_dir the first episode is recorded there as an mp4.
+    """
+    env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
+    returns = np.zeros(num_episodes)
+    for i in range(num_episodes):
+        obs, _ = env.reset(seed=seed if i == 0 else None)
+        done = False
+        while not done:
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.actor_log_std.device)
+            action = agent.distribution(obs[None]).mean[0].cpu().numpy().reshape(env.action_space.shape)
+            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            returns[i] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
+    """Evaluate with args and print what came out."""
+    video_dir = run_dir / "videos" if args.capture_video else None
+    returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
+    print(f"run directory: {run_dir}")
+    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} deterministic episodes")
+    if video_dir:
+        print(f"video: {video_dir}")
+
+
+# ---------------------------------------------------------------------------- runs and checkpoints
+
+
+class Run:
+    """The bookkeeping around `train`: run directory, log, progress bar, checkpoints, resume, stop signals.
+
+    `parts` are what a checkpoint holds besides the counters: anything with state_dict and load_state_dict.
+    """
+
+    def __init__(self, args: Args, **parts):
+        self.args, self.parts = args, parts
+        self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
+        self.stop_signal = 0
+        if args.resume:
+            self.run_dir = args.resume
+            self.restore(load_checkpoint(args.resume))
+        else:
+            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.run_dir = args.run_dir or Path("runs") / name.replace("/", "-").replace(":", "-")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
+        self.save()  # a run killed before its first checkpoint resumes too
+        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
+        self.start_time, self.start_step = time.perf_counter(), self.global_step
+        # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
+        self.old_handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, signal_number: int, frame) -> None:
+        if self.stop_signal:  # asked twice: at once, with the last checkpoint
+            sys.exit(128 + signal_number)
+        self.stop_signal = signal_number
+
+    def log(self, steps: int, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Count one iteration, write its scalars, and save a checkpoint when one is due."""
+        self.global_step += steps
+        self.iterations += 1
+        for name, value in metrics.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after the update at step {self.global_step}")
+            self.writer.add_scalar(name, value, self.global_step)
+        for step, episodic_return, length in episodes:
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.recent_returns.append(episodic_return)
+        speed = (self.global_step - self.start_step) / (time.perf_counter() - self.start_time)
+        self.writer.add_scalar("charts/SPS", speed, self.global_step)
+        if self.recent_returns:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
+        self.bar.update(steps)
+        if self.iterations % self.args.checkpoint_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        if hasattr(self, "writer"):
+            self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
+        counters = {"global_step": self.global_step, "recent_returns": list(self.recent_returns)}
+        save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
+
+    def restore(self, checkpoint: dict) -> None:
+        for name in ("env_id", "seed", "hidden_size"):
+            if getattr(self.args, name) != checkpoint["args"][name]:
+                raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
+        self.global_step = checkpoint["global_step"]
+        self.recent_returns.extend(checkpoint["recent_returns"])
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+    def close(self) -> None:
+        """Save the last checkpoint and end the log; exits with the shell's status where a signal asked to stop."""
+        self.save()
+        self.bar.close()
+        self.writer.close()
+        for signal_number, handler in self.old_handlers.items():
+            signal.signal(signal_number, handler)
+        if self.recent_returns:
+            recent = np.array(self.recent_returns)
+            print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
+        if self.stop_signal:
+            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
+            sys.exit(128 + self.stop_signal)
+
+
+def plain(args: Args) -> dict:
+    """The arguments as plain values, for JSON and for checkpoints that load without running code."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns: list[float], **parts) -> None:
+    """Write run_dir/checkpoint.pt whole or not at all: plain values, tensors and the parts' state_dicts."""
+    checkpoint = {
+        "script": SCRIPT,
+        "args": plain(args),
+        "global_step": global_step,
+        "recent_returns": recent_returns,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
+        **{name: part.state_dict() for name, part in parts.items()},
+    }
+    torch.save(checkpoint, run_dir / "checkpoint.tmp")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, saved_args = checkpoint["script"], checkpoint["args"]
+        assert {"global_step", "agent"} <= checkpoint.keys() and isinstance(saved_args, dict)
+    except Exception as error:
+        raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
+    if script != SCRIPT:
+        raise RefusedError(f"{path} was written by {script}.py, so only that script can load it")
+    if saved_args.keys() != {field.name for field in fields(Args)}:
+        raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
+    return checkpoint
+
+
+def check_args(args: Args) -> None:
+    """Raises RefusedError, in one sentence, for an argument that cannot work."""
+
+    def check(name: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
+
+    for name, value in vars(args).items():
+        if name in LIMITS:
+            low, high = LIMITS[name]
+            check(name, low <= value <= high, f"between {low} and {high}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            check(name, 0 < value < float("inf"), "positive and finite")
+    batch = args.num_envs * args.num_steps
+    done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
+    check(
+        "total_timesteps",
+        args.total_timesteps >= done + batch,
+        f"at least {done + batch} for one batch of {batch} more",
+    )
+    check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
+    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
+    taken = args.run_dir and (args.run_dir / "checkpoint.pt").exists()
+    check("run_dir", args.resume or not taken, "a new directory, or --resume to go on with the run that it holds")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume or --evaluate the saved arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    if args.resume and args.evaluate:
+        raise RefusedError("resume: give --resume or --evaluate, not both")
+    if args.resume or args.evaluate:
+        saved = load_checkpoint(args.resume or args.evaluate)["args"]
+        saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            env = make_env(args.env_id)
+            agent = Agent(env.observation_space, env.action_space, args.hidden_size)
+            agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+            report_evaluation(agent, args, args.evaluate)
+        else:
+            train(args)
+    except RefusedError as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

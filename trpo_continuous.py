@@ -1,0 +1,852 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.9.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""Trust region policy optimization (TRPO) and natural policy gradient (NPG), for continuous actions.
+
+What a rollout says about a policy is true near that policy only. TRPO therefore improves the surrogate,
+the advantage of the actions taken weighted by how much more probable they become, inside a trust region:
+the set of policies whose mean KL divergence from the old one is at most `max_kl`.
+
+- Why the direction H⁻¹g: near θ_old the surrogate is linear, gᵀΔ, and the KL is quadratic, ½ΔᵀHΔ. The
+  largest gain for a given KL lies along H⁻¹g, the natural gradient; g itself would be the answer if
+  distance were measured between parameters instead of between policies.
+- Why conjugate gradient: H has as many rows as the policy has parameters. Conjugate gradient solves
+  H x = g with nothing but products H v, each about as cheap as two gradients; H is never formed.
+- Why a line search: the linear and the quadratic model are only models. The step is halved or so until the
+  true surrogate rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG.
+
+Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.05477, whose equation
+numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.02438.
+
+Where this file departs from the paper, each a field of `Args` with its reason: advantages by GAE with a
+learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, normalised observations,
+scaled rewards, and a time limit is not a termination.
+
+    python trpo_continuous.py --env-id Walker2d-v5 --seed 2
+    python trpo_continuous.py --no-line-search
+    python trpo_continuous.py --resume RUN_DIR --total-timesteps 2000000
+    python trpo_continuous.py --evaluate RUN_DIR --capture-video
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"
+    """Any registered Gymnasium environment with a continuous action space; `module:Env-v0` imports module first."""
+    seed: int = 1
+    """Seed of the networks, the actions and the environments."""
+    total_timesteps: int = 1_000_000
+    """Environment steps of the whole run, all environments together."""
+    num_envs: int = 8
+    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
+    num_steps: int = 256
+    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
+    num_threads: int = 1
+    """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
+    compile: bool = False
+    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+
+    hidden_size: int = 64
+    """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: one layer of 30 to 50]"""
+    init_log_std: float = -0.5
+    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: about -0.5 is best]"""
+    max_kl: float = 0.01
+    """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
+    line_search: bool = True
+    """Shorten the step until the surrogate rises within the trust region; off: natural policy gradient."""
+    backtrack_coef: float = 0.8
+    """Alpha of the line search: each further try is this times as long. [Spinning Up]"""
+    max_backtracks: int = 10
+    """Lengths that the line search tries before it gives the step up. [Spinning Up, OpenAI Baselines]"""
+    cg_iterations: int = 10
+    """At most this many iterations of conjugate gradient. [paper, app. C.1: 10]"""
+    cg_residual_tolerance: float = 1e-5
+    """Stop conjugate gradient where the residual is this small against g. [Baselines: 1e-10, squared]"""
+    cg_damping: float = 0.1
+    """Added to the diagonal of H, so that it is positive definite where samples say nothing. [Baselines]"""
+    fisher_subsample: int = 1
+    """Estimate H from every n-th sample only; the line search always takes all. [paper, app. C.1: 10%]"""
+    critic_learning_rate: float = 1e-3
+    """Step size of Adam for the critic at the start. [OpenAI Baselines, Tianshou]"""
+    anneal_lr: bool = True
+    """Let the critic's learning rate fall linearly to 0 over the run."""
+    critic_epochs: int = 10
+    """Passes of the critic over the batch in one iteration. [sb3-contrib]"""
+    num_minibatches: int = 32
+    """Gradient steps of the critic per pass."""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]. [paper, app. E]"""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimator, in [0, 1]. [GAE paper, sec. 6.2: 0.92 to 0.98]"""
+    recompute_advantages: bool = False
+    """Estimate the critic's targets anew before each of its epochs."""
+    normalize_advantages: bool = True
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]"""
+    normalize_observations: bool = True
+    """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
+    scale_rewards: bool = True
+    """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
+
+    run_dir: Path | None = None
+    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    checkpoint_interval: int = 10
+    """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    evaluate: Path | None = None
+    """Only play the policy saved in this directory."""
+    eval_episodes: int = 10
+    """Episodes of the deterministic evaluation at the end of training, or of --evaluate."""
+    capture_video: bool = False
+    """Record the first evaluation episode as an mp4 in the run directory's videos/."""
+
+
+LIMITS = {  # inclusive; a number that is not named here must be positive
+    "seed": (0, 2**62),
+    "init_log_std": (-10.0, 10.0),
+    "gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "backtrack_coef": (0.01, 0.99),
+    "cg_residual_tolerance": (0.0, 1.0),
+    "cg_damping": (0.0, 1e9),
+}
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all the data seen so far, in buffers, so that a checkpoint carries them."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # what `normalize` needs of them, in float32
+        self.register_buffer("scale", torch.ones(shape))
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Take in x, [batch, *shape]; exact however the data is batched (Chan et al. 1979)."""
+        x = x.double()
+        mean, var, count = x.mean(0), x.var(0, unbiased=False), len(x)
+        delta, total = mean - self.mean, self.count + count
+        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
+        self.mean.add_(delta * count / total)
+        self.count.copy_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_(torch.rsqrt(self.var + 1e-8))
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., *shape] in standard deviations from the mean, within ±10."""
+        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+
+
+class RewardScaler(RunningMeanStd):
+    """Scales rewards by the standard deviation of the discounted return, so that values are of order 1."""
+
+    @torch.no_grad()
+    def forward(self, rewards: torch.Tensor, dones: torch.Tensor, gamma: float, running: torch.Tensor) -> torch.Tensor:
+        """rewards and dones [num_steps, num_envs]; running [num_envs], each environment's discounted
+        return so far, is carried on in place. The batch enters the statistics before it is scaled."""
+        returns = []
+        for reward, done in zip(rewards, dones):
+            running.mul_(gamma).add_(reward)
+            returns.append(running.clone())
+            running[done] = 0.0
+        self.update(torch.cat(returns))
+        return rewards * self.scale
+
+
+def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """Tanh layers of these sizes, orthogonally initialised; the last one is linear with its own gain."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, 2**0.5)
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, last_gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Actor and critic without shared parameters (paper, sec. 6.1), and the statistics of what they observe.
+
+    Takes the single environment's spaces: a flat Box of observations, a Box of actions of any shape.
+    """
+
+    def __init__(
+        self, observation_space: gym.Space, action_space: gym.Space, hidden_size: int = 64, init_log_std: float = -0.5
+    ):
+        super().__init__()
+        obs_size, action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
+        # A last actor layer close to 0 starts with the same wide distribution everywhere (arXiv 2006.05990).
+        self.actor_mean = mlp([obs_size, hidden_size, hidden_size, action_size], last_gain=0.01)
+        self.actor_log_std = nn.Parameter(torch.full((action_size,), init_log_std))
+        self.critic = mlp([obs_size, hidden_size, hidden_size, 1], last_gain=1.0)
+        self.obs_stats = RunningMeanStd((obs_size,))
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """θ of the papers: the parameters of the policy alone."""
+        return [*self.actor_mean.parameters(), self.actor_log_std]
+
+    def distribution(self, obs: torch.Tensor) -> Distribution:
+        """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
+        mean = self.actor_mean(self.obs_stats.normalize(obs))
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(obs), [batch], in units of scaled reward, for obs [batch, obs_size]."""
+        return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------- mathematics
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminations: torch.Tensor,
+    dones: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (GAE paper, eq. 16; PPO paper, eq. 11 and 12).
+
+    All tensors are [num_steps, num_envs]. `values[t]` is V of the state in which step t was taken,
+    `next_values[t]` V of the state it really led to: of the last observation of the episode where one
+    ended, not of the next one's first. `terminations` says that nothing follows that state, `dones`
+    (terminated or truncated) that the episode ended there: the first stops the bootstrap, the second
+    the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
+    targets of the critic.
+    """
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
+    advantage, advantages = torch.zeros_like(values[0]), []
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
+        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantages.append(advantage)
+    advantages = torch.stack(advantages[::-1])
+    return advantages, advantages + values
+
+
+def surrogate_advantage(ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """L(θ) = E[r Â] (eq. 14), a scalar to be maximised; ratio r = π(a|s) / π_old(a|s), both [batch]."""
+    return (ratio * advantages).mean()
+
+
+def gaussian_kl(old: Distribution, new: Distribution) -> torch.Tensor:
+    """KL(π_old(·|s) ‖ π(·|s)) of each state, [batch], in nats, in closed form, for Gaussians with
+    independent components and means and standard deviations [batch, action_size]."""
+    variance_ratio = (old.stddev / new.stddev) ** 2
+    distance = ((old.mean - new.mean) / new.stddev) ** 2
+    return 0.5 * (variance_ratio - 1.0 - variance_ratio.log() + distance).sum(-1)
+
+
+def mean_kl(old: Distribution, new: Distribution) -> torch.Tensor:
+    """E[KL(π_old(·|s) ‖ π(·|s))] over a batch of states (eq. 14), a scalar, in nats.
+
+    From the old to the new policy: some tutorials write it the other way round. The two have the same
+    Hessian where they agree, but not the same value at the end of a step, which the line search needs.
+    """
+    return gaussian_kl(old, new).mean()
+
+
+def flat_gradient(scalar: torch.Tensor, parameters: list[nn.Parameter], **options) -> torch.Tensor:
+    """Gradient of a scalar with respect to all the parameters, as one vector in their order."""
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, parameters, **options)])
+
+
+def fisher_vector_product(
+    kl_gradient: torch.Tensor, parameters: list[nn.Parameter], v: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """(H + damping I) v, where H is the Hessian of the mean KL at θ_old, the Fisher matrix (app. C).
+
+    kl_gradient is the gradient of the mean KL at θ_old as one vector, itself differentiable
+    (create_graph=True). As H v = ∇(∇KL · v), one more differentiation gives the product; no n x n
+    matrix appears, whatever some tutorials say. v and the result are [number of parameters].
+    """
+    return flat_gradient(kl_gradient @ v, parameters, retain_graph=True) + damping * v
+
+
+def conjugate_gradient(
+    matvec: Callable[[torch.Tensor], torch.Tensor], b: torch.Tensor, max_iterations: int, residual_tolerance: float
+) -> torch.Tensor:
+    """Solve A x = b for a symmetric positive definite A that is known by its products matvec(v) = A v only.
+
+    Hestenes and Stiefel 1952. Starts from x = 0 and returns the x [n] reached after max_iterations, or as
+    soon as ‖b - A x‖ <= residual_tolerance · min(1, ‖b‖). Where A turns out not to be positive definite
+    (or not finite) along the next direction, returns the last good x; zeros for b = 0.
+    """
+    x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
+    squared = residual @ residual
+    target = (residual_tolerance * squared.sqrt().clamp(max=1.0)) ** 2
+    for _ in range(max_iterations):
+        product = matvec(direction)
+        curvature = direction @ product
+        # Also ends a solved system: without residual there is no direction left, and 0 / 0 would follow.
+        if not (squared > target and 0.0 < curvature < float("inf")):
+            break
+        step = squared / curvature
+        x = x + step * direction
+        residual = residual - step * product
+        squared, previous = residual @ residual, squared
+        direction = residual + (squared / previous) * direction
+    return x
+
+
+def full_step(x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float) -> torch.Tensor:
+    """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C)."""
+    return (2.0 * max_kl / (x @ hessian_x)).sqrt() * x
+
+
+class Step(NamedTuple):
+    """What the line search decided, and how the policy at `theta` measures up."""
+
+    theta: torch.Tensor  # the new parameters, or the old ones themselves
+    accepted: bool
+    tries: int
+    improvement: float  # L(θ) - L(θ_old) and mean KL of the last try
+    kl: float
+
+
+def line_search(
+    evaluate_at: Callable[[torch.Tensor], tuple[float, float]],
+    theta_old: torch.Tensor,
+    step: torch.Tensor,
+    max_kl: float,
+    backtrack_coef: float,
+    max_backtracks: int,
+) -> Step:
+    """θ = θ_old + α^j Δ with the first j = 0, 1, ... for which L(θ) - L(θ_old) > 0 and mean KL <= δ (app. C).
+
+    evaluate_at(θ) gives (L(θ) - L(θ_old), mean KL). Where no j below max_backtracks will do, and where
+    either is not finite (every comparison with NaN is false), the result holds theta_old itself.
+    """
+    for j in range(max_backtracks):
+        theta = theta_old + backtrack_coef**j * step
+        improvement, kl = evaluate_at(theta)
+        if 0.0 < improvement < float("inf") and kl <= max_kl:
+            return Step(theta, True, j + 1, improvement, kl)
+    return Step(theta_old, False, max_backtracks, improvement, kl)
+
+
+# ---------------------------------------------------------------------------- one iteration
+
+
+class Rollout(NamedTuple):
+    """What one iteration has seen, each [num_steps, num_envs, ...]."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor  # as sampled, before the environment's box clips them
+    rewards: torch.Tensor  # raw
+    next_obs: torch.Tensor  # the true successor, also where an episode ended
+    terminations: torch.Tensor
+    dones: torch.Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int):
+    """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
+
+    Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
+    Raises FloatingPointError at the first NaN or infinity that an environment returns.
+    """
+    action_space, device = envs.single_action_space, agent.actor_log_std.device
+    steps, episodes = [], []
+    for _ in range(num_steps):
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        action = agent.distribution(obs).sample()
+        # Only the environment sees the clipped action: its log-probability would be another density's.
+        env_action = action.cpu().numpy().reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
+        next_obs, reward, terminated, truncated, infos = envs.step(env_action)
+        global_step += envs.num_envs
+        successor, done = next_obs, terminated | truncated
+        if done.any():  # the environment has started its next episode within this step
+            successor = next_obs.copy()
+            successor[done] = np.stack(infos["final_obs"][done])
+            for i in np.flatnonzero(done):
+                episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+        if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
+            what = "an observation" if np.isfinite(reward).all() else "a reward"
+            raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
+        steps.append((obs, action, reward, successor, terminated, done))
+        obs = next_obs
+    obs_, actions, *rest = zip(*steps)
+    rewards, next_obs_, terminations, dones = (torch.as_tensor(np.stack(x), device=device) for x in rest)
+    rollout = Rollout(torch.stack(obs_), torch.stack(actions), rewards.float(), next_obs_.float(), terminations, dones)
+    return rollout, obs, episodes
+
+
+@torch.no_grad()
+def estimate_advantages(agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args):
+    """(advantages, returns, values) of the rollout by the current critic, each [num_steps * num_envs]."""
+    values = agent.value(rollout.obs)
+    next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
+    next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
+    advantages, returns = compute_gae(
+        rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
+    )
+    if args.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    return advantages.flatten(), returns.flatten(), values.flatten()
+
+
+def critic_gradient(
+    agent: Agent, parameters: list[nn.Parameter], minibatch: tuple[torch.Tensor, ...], args: Args
+) -> list[torch.Tensor]:
+    """Gradient of E[(V - V_targ)²] over one minibatch, one tensor a parameter."""
+    obs, returns = minibatch
+    return list(torch.autograd.grad(((agent.value(obs) - returns) ** 2).mean(), parameters))
+
+
+def update_policy(
+    agent: Agent, obs: torch.Tensor, actions: torch.Tensor, advantages: torch.Tensor, args: Args
+) -> tuple[dict[str, float], str]:
+    """Steps 3 to 6 of the algorithm for a batch of obs [batch, obs_size], actions [batch, action_size] and
+    advantages [batch]. Returns (scalars for the log, why the update was skipped or ""). A skipped update
+    leaves the policy bit for bit as it was."""
+    parameters = list(agent.actor_parameters())
+    theta_old = parameters_to_vector(parameters).detach()
+    with torch.no_grad():
+        old = agent.distribution(obs)
+        old_log_probs = old.log_prob(actions)
+
+    # Step 3: the policy gradient g, and H as products only.
+    ratio = (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()  # exactly 1, but its gradient is not 0
+    surrogate_old = surrogate_advantage(ratio, advantages)
+    g = flat_gradient(surrogate_old, parameters)
+    some_obs = obs[:: args.fisher_subsample]
+    with torch.no_grad():
+        some_old = agent.distribution(some_obs)
+    kl_gradient = flat_gradient(mean_kl(some_old, agent.distribution(some_obs)), parameters, create_graph=True)
+
+    def hessian(v: torch.Tensor) -> torch.Tensor:
+        return fisher_vector_product(kl_gradient, parameters, v, args.cg_damping)
+
+    # Step 4: conjugate gradient for H x = g. Step 5: the full step.
+    x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
+    hessian_x = hessian(x)
+    step = full_step(x, hessian_x, args.max_kl)
+
+    @torch.no_grad()
+    def evaluate_at(theta: torch.Tensor) -> tuple[float, float]:
+        vector_to_parameters(theta, parameters)
+        new = agent.distribution(obs)
+        ratio = (new.log_prob(actions) - old_log_probs).exp()
+        return float(surrogate_advantage(ratio, advantages) - surrogate_old), float(mean_kl(old, new))
+
+    # Step 6: the line search, or for NPG the full step as it is.
+    skipped, result = "", Step(theta_old, False, 0, 0.0, 0.0)
+    if old.stddev.min() < 1e-5:
+        skipped = f"the policy's standard deviation is down to {float(old.stddev.min()):.1e}, where ratios mean nothing"
+    elif not g.isfinite().all():
+        skipped = "the policy gradient is not finite"
+    elif not g.any():
+        skipped = "the policy gradient is zero"
+    elif not (x @ hessian_x > 0 and step.isfinite().all()):
+        skipped = f"the curvature xᵀHx is {float(x @ hessian_x):.1e}, which gives no step"
+    elif args.line_search:
+        result = line_search(evaluate_at, theta_old, step, args.max_kl, args.backtrack_coef, args.max_backtracks)
+        if not result.accepted:
+            skipped = f"no step along the natural gradient gained within the trust region (last: {result})"
+    else:
+        theta = theta_old + step
+        result = Step(theta, True, 1, *evaluate_at(theta))
+        if not np.isfinite([result.improvement, result.kl]).all():
+            skipped = "the full step gives a policy that is not finite"
+    theta_new = theta_old if skipped else result.theta
+    vector_to_parameters(theta_new, parameters)
+
+    metrics = {
+        "losses/kl": 0.0 if skipped else result.kl,
+        "losses/surrogate_improvement": 0.0 if skipped else result.improvement,
+        "losses/expected_improvement": float(g @ (theta_new - theta_old)),  # the linear model's, of the step taken
+        "charts/line_search_steps": result.tries,
+        "charts/cg_residual": float((g - hessian_x).norm() / (g.norm() + 1e-12)),  # relative
+        "charts/step_norm": float((theta_new - theta_old).norm()),
+        "charts/skipped_updates": float(bool(skipped)),
+    }
+    return metrics, skipped
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, rewards: torch.Tensor, args: Args, gradient
+) -> tuple[dict[str, float], str]:
+    """Learn from one rollout: one trust region step of the policy, then critic_epochs passes of the critic.
+
+    `rewards` [num_steps, num_envs] are the scaled ones, `gradient` is `critic_gradient` or its compiled
+    form. Returns (scalars for the log, why the policy's update was skipped or "").
+    """
+    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
+    parameters, minibatch_size = list(agent.critic.parameters()), len(obs) // args.num_minibatches
+    with torch.no_grad():
+        old_log_probs = agent.distribution(obs).log_prob(actions)
+    advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)  # Step 2
+    policy_metrics, skipped = update_policy(agent, obs, actions, advantages, args)  # Steps 3 to 6
+
+    for epoch in range(args.critic_epochs):
+        if epoch > 0 and args.recompute_advantages:
+            _, returns, _ = estimate_advantages(agent, rollout, rewards, args)
+        shuffle = torch.randperm(len(obs), device=obs.device)
+        for minibatch in zip(*(x[shuffle].split(minibatch_size) for x in (obs, returns))):
+            for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
+                parameter.grad = grad
+            optimizer.step()
+
+    with torch.no_grad():
+        distribution = agent.distribution(obs)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        metrics = {
+            "losses/policy_loss": -surrogate_advantage(log_ratio.exp(), advantages),
+            "losses/value_loss": ((agent.value(obs) - returns) ** 2).mean(),
+            "losses/entropy": distribution.entropy().mean(),
+            "losses/approx_kl": (log_ratio.exp() - 1.0 - log_ratio).mean(),
+            "losses/clipfrac": ((log_ratio.exp() - 1.0).abs() > 0.2).float().mean(),  # to compare with PPO's
+            "losses/explained_variance": 1.0 - (returns - old_values).var() / (returns.var() + 1e-8),
+        }
+    return {**policy_metrics, **{name: float(value) for name, value in metrics.items()}}, skipped
+
+
+# ---------------------------------------------------------------------------- the algorithm
+
+
+def train(args: Args) -> Path:
+    """TRPO, algorithm 1 of the paper in the practical form of its section 6: collect, estimate advantages,
+    step to the best policy within the trust region, fit the critic, repeat.
+
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
+    """
+    check_args(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.device == "cuda" else "cpu")
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.hidden_size, args.init_log_std)
+    agent.to(device)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
+    reward_scaler = RewardScaler().to(device)
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
+    gradient = torch.compile(critic_gradient) if args.compile else critic_gradient
+
+    run = Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)
+    batch_size = args.num_envs * args.num_steps
+    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
+    discounted_returns = torch.zeros(args.num_envs, device=device)
+    while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.critic_learning_rate * (1.0 - run.global_step / args.total_timesteps)
+        # Step 1 of the algorithm; the steps 2 to 6 and the critic are in update.
+        rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+        rewards = rollout.rewards
+        if args.scale_rewards:
+            rewards = reward_scaler(rewards, rollout.dones, args.gamma, discounted_returns)
+        metrics, skipped = update(agent, optimizer, rollout, rewards, args, gradient)
+        if args.normalize_observations:  # only now: while it collects and learns, the policy sees one normalisation
+            agent.obs_stats.update(rollout.obs.flatten(0, 1))
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        if skipped:
+            run.bar.write(f"policy update after step {run.global_step + batch_size} skipped: {skipped}")
+        run.log(batch_size, episodes, metrics)
+    envs.close()
+    run.close()
+    report_evaluation(agent, args, run.run_dir)
+    return run.run_dir
+
+
+# ---------------------------------------------------------------------------- environments and evaluation
+
+
+class RefusedError(ValueError):
+    """An argument that cannot work, found before any work was done."""
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment with observations flattened to a vector. Raises RefusedError where it does not exist or fit."""
+    try:
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError, AttributeError) as error:
+        hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
+        raise RefusedError(f"env_id: {env_id!r} cannot be made ({error}){hint}") from error
+    if not isinstance(env.action_space, gym.spaces.Box):
+        hint = "ppo_atari.py plays Atari games; " if "NoFrameskip" in env_id or env_id.startswith("ALE/") else ""
+        raise RefusedError(
+            f"env_id: {env_id} has the action space {env.action_space}, but this script needs continuous actions "
+            f"(a Box); {hint or 'none of the four scripts fits, '}HalfCheetah-v5 and Pendulum-v1 would work"
+        )
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
+    first observation of the next one, and its own last observation in infos["final_obs"]."""
+    envs = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
+    """Raw returns [num_episodes] of the policy's mean action; agent and statistics stay as they are.
+
+    With video_dir the first episode is recorded there as an mp4.
+    """
+    env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
+    returns = np.zeros(num_episodes)
+    for i in range(num_episodes):
+        obs, _ = env.reset(seed=seed if i == 0 else None)
+        done = False
+        while not done:
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.actor_log_std.device)
+            action = agent.distribution(obs[None]).mean[0].cpu().numpy().reshape(env.action_space.shape)
+            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            returns[i] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
+    """Evaluate with args and print what came out."""
+    video_dir = run_dir / "videos" if args.capture_video else None
+    returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
+    print(f"run directory: {run_dir}")
+    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} deterministic episodes")
+    if video_dir:
+        print(f"video: {video_dir}")
+
+
+# ---------------------------------------------------------------------------- runs and checkpoints
+
+
+class Run:
+    """The bookkeeping around `train`: run directory, log, progress bar, checkpoints, resume, stop signals.
+
+    `parts` are what a checkpoint holds besides the counters: anything with state_dict and load_state_dict.
+    """
+
+    def __init__(self, args: Args, **parts):
+        self.args, self.parts = args, parts
+        self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
+        self.stop_signal = 0
+        if args.resume:
+            self.run_dir = args.resume
+            self.restore(load_checkpoint(args.resume))
+        else:
+            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.run_dir = args.run_dir or Path("runs") / name.replace("/", "-").replace(":", "-")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
+        self.save()  # a run killed before its first checkpoint resumes too
+        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
+        self.start_time, self.start_step = time.perf_counter(), self.global_step
+        # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
+        self.old_handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, signal_number: int, frame) -> None:
+        if self.stop_signal:  # asked twice: at once, with the last checkpoint
+            sys.exit(128 + signal_number)
+        self.stop_signal = signal_number
+
+    def log(self, steps: int, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Count one iteration, write its scalars, and save a checkpoint when one is due."""
+        self.global_step += steps
+        self.iterations += 1
+        for name, value in metrics.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after the update at step {self.global_step}")
+            self.writer.add_scalar(name, value, self.global_step)
+        for step, episodic_return, length in episodes:
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.recent_returns.append(episodic_return)
+        speed = (self.global_step - self.start_step) / (time.perf_counter() - self.start_time)
+        self.writer.add_scalar("charts/SPS", speed, self.global_step)
+        if self.recent_returns:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
+        self.bar.update(steps)
+        if self.iterations % self.args.checkpoint_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        if hasattr(self, "writer"):
+            self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
+        counters = {"global_step": self.global_step, "recent_returns": list(self.recent_returns)}
+        save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
+
+    def restore(self, checkpoint: dict) -> None:
+        for name in ("env_id", "seed", "hidden_size"):
+            if getattr(self.args, name) != checkpoint["args"][name]:
+                raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
+        self.global_step = checkpoint["global_step"]
+        self.recent_returns.extend(checkpoint["recent_returns"])
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+    def close(self) -> None:
+        """Save the last checkpoint and end the log; exits with the shell's status where a signal asked to stop."""
+        self.save()
+        self.bar.close()
+        self.writer.close()
+        for signal_number, handler in self.old_handlers.items():
+            signal.signal(signal_number, handler)
+        if self.recent_returns:
+            recent = np.array(self.recent_returns)
+            print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
+        if self.stop_signal:
+            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
+            sys.exit(128 + self.stop_signal)
+
+
+def plain(args: Args) -> dict:
+    """The arguments as plain values, for JSON and for checkpoints that load without running code."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns: list[float], **parts) -> None:
+    """Write run_dir/checkpoint.pt whole or not at all: plain values, tensors and the parts' state_dicts."""
+    checkpoint = {
+        "script": SCRIPT,
+        "args": plain(args),
+        "global_step": global_step,
+        "recent_returns": recent_returns,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
+        **{name: part.state_dict() for name, part in parts.items()},
+    }
+    torch.save(checkpoint, run_dir / "checkpoint.tmp")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, saved_args = checkpoint["script"], checkpoint["args"]
+        assert {"global_step", "agent"} <= checkpoint.keys() and isinstance(saved_args, dict)
+    except Exception as error:
+        raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
+    if script != SCRIPT:
+        raise RefusedError(f"{path} was written by {script}.py, so only that script can load it")
+    if saved_args.keys() != {field.name for field in fields(Args)}:
+        raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
+    return checkpoint
+
+
+def check_args(args: Args) -> None:
+    """Raises RefusedError, in one sentence, for an argument that cannot work."""
+
+    def check(name: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
+
+    for name, value in vars(args).items():
+        if name in LIMITS:
+            low, high = LIMITS[name]
+            check(name, low <= value <= high, f"between {low} and {high}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            check(name, 0 < value < float("inf"), "positive and finite")
+    batch = args.num_envs * args.num_steps
+    done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
+    check(
+        "total_timesteps",
+        args.total_timesteps >= done + batch,
+        f"at least {done + batch} for one batch of {batch} more",
+    )
+    check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
+    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
+    taken = args.run_dir and (args.run_dir / "checkpoint.pt").exists()
+    check("run_dir", args.resume or not taken, "a new directory, or --resume to go on with the run that it holds")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume or --evaluate the saved arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    if args.resume and args.evaluate:
+        raise RefusedError("resume: give --resume or --evaluate, not both")
+    if args.resume or args.evaluate:
+        saved = load_checkpoint(args.resume or args.evaluate)["args"]
+        saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            env = make_env(args.env_id)
+            agent = Agent(env.observation_space, env.action_space, args.hidden_size)
+            agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+            report_evaluation(agent, args, args.evaluate)
+        else:
+            train(args)
+    except RefusedError as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
