@@ -411,6 +411,8 @@ def train(args: Args) -> Path:
     """
     check_args(args)
     envs = make_envs(args)
+    if args.capture_video:
+        make_env(args.env_id, "rgb_array").close()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
@@ -453,10 +455,14 @@ class RefusedError(ValueError):
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment with observations flattened to a vector. Raises RefusedError where it does not exist or fit."""
     try:
-        env = gym.make(env_id, render_mode=render_mode)
-    except (gym.error.Error, ImportError, AttributeError) as error:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+        if render_mode:  # what is missing for a video shows at the first frame, so before any training
+            env.reset()
+            env.render()
+    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
         hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
-        raise RefusedError(f"env_id: {env_id!r} cannot be made ({error}){hint}") from error
+        what = "made" if render_mode is None else "made for --capture-video"
+        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({error}){hint}") from error
     if not isinstance(env.action_space, gym.spaces.Box):
         hint = "ppo_atari.py plays Atari games; " if "NoFrameskip" in env_id or env_id.startswith("ALE/") else ""
         raise RefusedError(

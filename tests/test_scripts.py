@@ -1,0 +1,310 @@
+"""The scripts as their users run them: train, stop, resume, evaluate, refuse."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo_clip_continuous
+import ppo_kl_continuous
+import trpo_continuous
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"trpo": trpo_continuous, "ppo_clip": ppo_clip_continuous, "ppo_kl": ppo_kl_continuous}
+BATCH = 2048
+COMMON_SCALARS = {
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/SPS",
+    "charts/learning_rate",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/approx_kl",
+    "losses/clipfrac",
+    "losses/explained_variance",
+}
+OWN_SCALARS = {
+    "ppo_clip": set(),
+    "ppo_kl": {"losses/kl", "charts/kl_coef"},
+    "trpo": {
+        "losses/kl",
+        "losses/surrogate_improvement",
+        "losses/expected_improvement",
+        "charts/line_search_steps",
+        "charts/cg_residual",
+        "charts/step_norm",
+        "charts/skipped_updates",
+    },
+}
+
+
+@pytest.fixture(params=SCRIPTS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def script(name):
+    return SCRIPTS[name]
+
+
+def start(name, *arguments, cwd):
+    command = [sys.executable, str(ROOT / f"{name}_continuous.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(name, *arguments, cwd, status=0):
+    process = start(name, *arguments, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return out + err
+
+
+def scalars(run_dir):
+    """{tag: [(step, value), ...]} of a run's TensorBoard events."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def quick(script, run_dir, **changes):
+    """Arguments for a run of two iterations on Pendulum."""
+    defaults = {"env_id": "Pendulum-v1", "total_timesteps": 2 * BATCH, "eval_episodes": 1, "run_dir": run_dir}
+    if "num_epochs" in vars(script.Args()):
+        defaults["num_epochs"] = 1
+    return script.Args(**{**defaults, **changes})
+
+
+def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
+    out = run(name, "--env-id", "Pendulum-v1", "--total-timesteps", 2 * BATCH, "--eval-episodes", 2, cwd=tmp_path)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"Pendulum-v1__{name}_continuous__1__\d{{8}}-\d{{6}}", run_dir.name)
+    assert json.loads((run_dir / "args.json").read_text())["env_id"] == "Pendulum-v1"
+    assert f"run directory: runs/{run_dir.name}" in out and re.search(r"evaluation: -\d+\.\d ± \d+\.\d over 2 det", out)
+
+    run(name, "--resume", run_dir, "--total-timesteps", 4 * BATCH, cwd=tmp_path)
+    logged = scalars(run_dir)
+    assert COMMON_SCALARS | OWN_SCALARS[name] == logged.keys()
+    assert [step for step, _ in logged["losses/value_loss"]] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
+    assert script.load_checkpoint(run_dir)["global_step"] == 4 * BATCH
+    # 8 environments, episodes of 200 steps: 2 x 8 in each session's 512 steps per environment
+    assert len(logged["charts/episodic_return"]) == 32
+
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    out = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
+    assert "over 3 deterministic episodes" in out
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    again = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
+    assert re.search("evaluation: .*", out)[0] == re.search("evaluation: .*", again)[0]
+
+
+def test_video_without_a_display(tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    steps = ("--num-envs", 2, "--num-steps", 32, "--total-timesteps", 64, "--num-epochs", 1)
+    run("ppo_clip", "--env-id", "Reacher-v5", *steps, "--run-dir", "a", "--eval-episodes", 1, cwd=tmp_path)
+    run("ppo_clip", "--evaluate", "a", "--capture-video", "--eval-episodes", 1, cwd=tmp_path)
+    (video,) = (tmp_path / "a" / "videos").glob("*.mp4")
+    assert video.stat().st_size > 1000 and video.read_bytes()[4:8] == b"ftyp"
+
+
+def test_the_same_seed_gives_the_same_scalars_and_another_seed_others(script, tmp_path):
+    for directory, seed in (("a", 1), ("b", 1), ("c", 2)):
+        script.train(quick(script, tmp_path / directory, seed=seed))
+    a, b, c = (scalars(tmp_path / directory) for directory in "abc")
+    for logged in (a, b, c):
+        del logged["charts/SPS"]
+    assert a == b and a != c
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes(signal_number, tmp_path):
+    process = start("ppo_clip", "--env-id", "Pendulum-v1", "--run-dir", "a", "--checkpoint-interval", 2, cwd=tmp_path)
+    events = lambda: [path for path in (tmp_path / "a").glob("events*") if path.stat().st_size > 5000]  # noqa: E731
+    deadline = time.monotonic() + 60
+    while not events() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal_number)
+    out, err = process.communicate(timeout=60)
+    step = ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"]
+    assert step > 0 and step % BATCH == 0
+    if signal_number == signal.SIGKILL:
+        assert process.returncode == -signal_number
+    else:
+        assert process.returncode == 128 + signal_number
+        assert f"stopped at step {step}; go on with --resume a" in out
+    goal = step + 2 * BATCH
+    run("ppo_clip", "--resume", "a", "--total-timesteps", goal, "--eval-episodes", 1, cwd=tmp_path)
+    steps = [step for step, _ in scalars(tmp_path / "a")["losses/value_loss"]]
+    assert steps == list(range(BATCH, goal + 1, BATCH))  # none lost, none twice
+
+
+def test_a_restored_run_is_the_saved_one(script, tmp_path):
+    """Networks, statistics, optimizer, random state, counters: saving right after resuming gives the same checkpoint."""
+    script.train(quick(script, tmp_path / "a"))
+    saved = script.load_checkpoint(tmp_path / "a")
+    args = quick(script, None, total_timesteps=4 * BATCH, resume=tmp_path / "a")
+    stop = RuntimeError("stopped before the first iteration")
+
+    def interrupt(*_):
+        raise stop
+
+    original, script.collect = script.collect, interrupt
+    torch.manual_seed(99)
+    try:
+        with pytest.raises(RuntimeError, match=str(stop)):
+            script.train(args)
+    finally:
+        script.collect = original
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+    resumed = script.load_checkpoint(tmp_path / "a")
+    assert saved.pop("args") != resumed.pop("args")  # the raised total_timesteps
+
+    def compare(a, b, path):
+        assert type(a) is type(b), path
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), path
+            for key in a:
+                compare(a[key], b[key], f"{path}/{key}")
+        elif isinstance(a, torch.Tensor):
+            assert a.equal(b), path
+        else:
+            assert a == b, path
+
+    compare(saved, resumed, "")
+
+
+def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(script, tmp_path):
+    """Reward 1 for ever at γ = 0.9 is worth 10. Taking the time limit for an end would give at most 8.8, and less
+    on average: 5.6."""
+    args = script.Args(
+        env_id="toy_envs:Endless-v0", gamma=0.9, total_timesteps=30 * BATCH, run_dir=tmp_path / "a", eval_episodes=1
+    )
+    script.train(args)
+    checkpoint = script.load_checkpoint(tmp_path / "a")
+    agent = script.Agent(*(env := script.make_env(args.env_id)) and (env.observation_space, env.action_space))
+    agent.load_state_dict(checkpoint["agent"])
+    value = float(agent.value(torch.zeros(1, 1))) / float(checkpoint["reward_scaler"]["scale"])
+    assert value == pytest.approx(10.0, rel=0.05)
+
+
+def test_flattened_observations_and_shaped_actions(script, tmp_path):
+    script.train(quick(script, tmp_path / "a", env_id="toy_envs:Odd-v0"))
+    assert script.load_checkpoint(tmp_path / "a")["agent"]["obs_stats.mean"].tolist() == [7.0] * 6 + [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("what", ["NanReward", "InfiniteObservation"])
+def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(what, tmp_path):
+    steps = ("--num-envs", 1, "--num-steps", 128, "--checkpoint-interval", 1)
+    out = run("ppo_clip", "--env-id", f"toy_envs:{what}-v0", *steps, "--run-dir", "a", cwd=tmp_path, status=1)
+    assert ("a reward" if what == "NanReward" else "an observation") in out and "at step 300" in out
+    assert ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"] == 256
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(script, tmp_path, monkeypatch):
+    original = script.estimate_advantages
+    calls = []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        return tuple(x * np.nan if len(calls) > 1 else x for x in original(*arguments))
+
+    monkeypatch.setattr(script, "estimate_advantages", spoiled)
+    with pytest.raises(FloatingPointError, match="losses/.* is nan after the update at step 4096"):
+        script.train(quick(script, tmp_path / "a", checkpoint_interval=1))
+    checkpoint = script.load_checkpoint(tmp_path / "a")
+    assert checkpoint["global_step"] == BATCH
+    assert all(x.isfinite().all() for x in checkpoint["agent"].values())
+
+
+REFUSALS = [
+    (["--env-id", "CartPole-v1"], "env_id: CartPole-v1 has the action space Discrete(2)"),
+    (["--env-id", "ALE/Pong-v5"], "ppo_atari.py"),
+    (["--env-id", "NoSuchTask-v0"], "env_id: 'NoSuchTask-v0' cannot be made"),
+    (["--env-id", "no_such_module:Task-v0"], "env_id: 'no_such_module:Task-v0' cannot be made"),
+    (["--total-timesteps", "2047"], "total_timesteps: 2047 was given, but it must be at least 2048"),
+    (
+        ["--num-minibatches", "31"],
+        "num_minibatches: 31 was given, but it must be a divisor of num_envs * num_steps = 2048",
+    ),
+    (["--num-envs", "0"], "num_envs: 0 was given, but it must be positive"),
+    (["--num-steps", "-5"], "num_steps: -5"),
+    (["--eval-episodes", "0"], "eval_episodes: 0"),
+    (["--seed", "-1"], "seed: -1"),
+    (["--gamma", "1.01"], "gamma: 1.01 was given, but it must be between 0.0 and 1.0"),
+    (["--gae-lambda", "-0.1"], "gae_lambda: -0.1"),
+    (["--gamma", "nan"], "gamma: nan"),
+    (["--resume", "nowhere"], "nowhere holds no checkpoint.pt"),
+    (["--evaluate", "nowhere"], "nowhere holds no checkpoint.pt"),
+]
+OWN_REFUSALS = {
+    "ppo_clip": [(["--learning-rate", "0"], "learning_rate: 0.0"), (["--clip-coef", "-1"], "clip_coef: -1.0")],
+    "ppo_kl": [(["--learning-rate", "inf"], "learning_rate: inf"), (["--target-kl", "0"], "target_kl: 0.0")],
+    "trpo": [(["--max-kl", "0"], "max_kl: 0.0"), (["--backtrack-coef", "1"], "backtrack_coef: 1.0")],
+}
+if not torch.cuda.is_available():
+    REFUSALS.append((["--device", "cuda"], "device: cuda was given, but it must be cpu or auto"))
+
+
+def refused(script, arguments, capsys):
+    """The message with which the script refuses these arguments; fails where it does not or writes anything."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out
+    assert sorted(Path.cwd().rglob("*")) == before
+    return err
+
+
+def test_wrong_arguments_are_refused_in_one_sentence_before_any_work(name, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in REFUSALS + OWN_REFUSALS[name]:
+        err = refused(script, arguments, capsys)
+        assert message in err, arguments
+        assert err.count("\n") == 1 and "Traceback" not in err, err
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "compile: True was given, but it must be off" in refused(script, ["--compile"], capsys)
+
+
+def test_the_exit_status_of_a_refusal_is_2_in_the_shell(tmp_path):
+    assert "gamma: 2.0" in run("trpo", "--gamma", 2, cwd=tmp_path, status=2)
+    assert not list(tmp_path.iterdir())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script.train(quick(script, tmp_path / "a"))
+    other = SCRIPTS["ppo_clip" if name != "ppo_clip" else "trpo"]
+    capsys.readouterr()
+    for flag in ("--resume", "--evaluate"):
+        assert f"was written by {name}_continuous.py" in refused(other, [flag, "a"], capsys)
+    assert "total_timesteps" in refused(script, ["--resume", "a"], capsys)  # already done
+    assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "9999", "--seed", "5"], capsys)
+    assert "run_dir: a" in refused(script, ["--run-dir", "a"], capsys)
+    path = tmp_path / "a" / "checkpoint.pt"
+    good = path.read_bytes()
+    for bad in (b"", b"junk", good[: len(good) // 2], pickle.dumps(Malicious()), pickle.dumps({"script": name})):
+        path.write_bytes(bad)
+        for flag in ("--resume", "--evaluate"):
+            assert "damaged or not a checkpoint" in refused(script, [flag, "a"], capsys)
+    torch.save({"script": f"{name}_continuous", "args": Malicious()}, path)
+    assert "damaged or not a checkpoint" in refused(script, ["--evaluate", "a"], capsys)
+    assert not (tmp_path / "pwned").exists()
