@@ -411,8 +411,6 @@ def train(args: Args) -> Path:
     """
     check_args(args)
     envs = make_envs(args)
-    if args.capture_video:
-        make_env(args.env_id, "rgb_array").close()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
@@ -423,24 +421,23 @@ def train(args: Args) -> Path:
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
     gradient = torch.compile(loss_gradient) if args.compile else loss_gradient
 
-    run = Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)
     batch_size = args.num_envs * args.num_steps
-    obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))
     discounted_returns = torch.zeros(args.num_envs, device=device)
-    while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
-        rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
-        rewards = rollout.rewards
-        if args.scale_rewards:
-            rewards = reward_scaler(rewards, rollout.dones, args.gamma, discounted_returns)
-        metrics = update(agent, optimizer, rollout, rewards, args, gradient)
-        if args.normalize_observations:  # only now: while it collects and learns, the policy sees one normalisation
-            agent.obs_stats.update(rollout.obs.flatten(0, 1))
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        run.log(batch_size, episodes, metrics)
+    with Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
+        while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
+            rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+            rewards = rollout.rewards
+            if args.scale_rewards:
+                rewards = reward_scaler(rewards, rollout.dones, args.gamma, discounted_returns)
+            metrics = update(agent, optimizer, rollout, rewards, args, gradient)
+            if args.normalize_observations:  # only now: while it collects and learns, the policy sees one normalisation
+                agent.obs_stats.update(rollout.obs.flatten(0, 1))
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            run.log(batch_size, episodes, metrics)
     envs.close()
-    run.close()
     report_evaluation(agent, args, run.run_dir)
     return run.run_dir
 
@@ -588,17 +585,21 @@ class Run:
         if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
-    def close(self) -> None:
-        """Save the last checkpoint and end the log; exits with the shell's status where a signal asked to stop."""
-        self.save()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
+        if error is None:
+            self.save()
         self.bar.close()
         self.writer.close()
         for signal_number, handler in self.old_handlers.items():
             signal.signal(signal_number, handler)
-        if self.recent_returns:
+        if self.recent_returns and error is None:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
-        if self.stop_signal:
+        if self.stop_signal and error is None:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
             sys.exit(128 + self.stop_signal)
 
@@ -667,6 +668,8 @@ def check_args(args: Args) -> None:
     check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
     taken = args.run_dir and (args.run_dir / "checkpoint.pt").exists()
     check("run_dir", args.resume or not taken, "a new directory, or --resume to go on with the run that it holds")
+    if args.capture_video:
+        make_env(args.env_id, "rgb_array").close()
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
