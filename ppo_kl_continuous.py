@@ -329,14 +329,14 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps
     action_space, device = envs.single_action_space, agent.actor_log_std.device
     steps, episodes = [], []
     for _ in range(num_steps):
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        action = agent.distribution(obs).sample()
+        obs = obs.astype(np.float32)
+        action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
         # Only the environment sees the clipped action: its log-probability would be another density's.
-        env_action = action.cpu().numpy().reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
+        env_action = action.reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
         next_obs, reward, terminated, truncated, infos = envs.step(env_action)
         global_step += envs.num_envs
         successor, done = next_obs, terminated | truncated
-        if done.any():  # the environment has started its next episode within this step
+        if done.any():  # these environments have already started their next episode; next_obs is its beginning
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
             for i in np.flatnonzero(done):
@@ -344,11 +344,9 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
             what = "an observation" if np.isfinite(reward).all() else "a reward"
             raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
-        steps.append((obs, action, reward, successor, terminated, done))
+        steps.append((obs, action, reward.astype(np.float32), successor.astype(np.float32), terminated, done))
         obs = next_obs
-    obs_, actions, *rest = zip(*steps)
-    rewards, next_obs_, terminations, dones = (torch.as_tensor(np.stack(x), device=device) for x in rest)
-    rollout = Rollout(torch.stack(obs_), torch.stack(actions), rewards.float(), next_obs_.float(), terminations, dones)
+    rollout = Rollout(*(torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)))
     return rollout, obs, episodes
 
 

@@ -1,0 +1,130 @@
+"""Runs algorithms x environments x seeds, as many at a time as there are cores, one thread each.
+
+    python benchmark/run.py --algorithms ppo_clip trpo --env-ids HalfCheetah-v5 Hopper-v5 --seeds 1 2 3 4 5
+
+What a results file already holds is skipped, and a run that was stopped in the middle is resumed, so a killed
+campaign continues with the same command. Each run leaves `results/<algorithm>/<env>__<seed>.csv` (step, return of
+every finished episode) and a row of `results/summary.csv` with what is needed to repeat it.
+"""
+
+import csv
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+ALGORITHMS = {  # the script and the arguments that make it this algorithm
+    "ppo_clip": ["ppo_clip_continuous.py"],
+    "ppo_kl": ["ppo_kl_continuous.py"],
+    "trpo": ["trpo_continuous.py"],
+    "npg": ["trpo_continuous.py", "--no-line-search"],
+    "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef"],
+}
+
+
+@dataclass
+class Args:
+    algorithms: list[str] = field(default_factory=lambda: ["ppo_clip", "ppo_kl", "trpo", "npg"])
+    """Which of ALGORITHMS."""
+    env_ids: list[str] = field(default_factory=lambda: ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"])
+    """Gymnasium ids."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """Seeds to report; settings are developed on 101 and up."""
+    total_timesteps: int = 1_000_000
+    """Environment steps of each run."""
+    workers: int = os.cpu_count() or 1
+    """Runs at a time."""
+    results: Path = ROOT / "benchmark" / "results"
+    """Where the CSVs go."""
+    runs: Path = ROOT / "runs" / "benchmark"
+    """Where the run directories go; they may be deleted once the CSVs are there."""
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, return) of every finished episode, from the run's TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
+
+
+def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock) -> str:
+    """One run from start, or from its checkpoint, to its CSV and its row; returns a line for the screen."""
+    name = f"{env_id.replace('/', '-')}__{seed}"
+    curve, run_dir = args.results / algorithm / f"{name}.csv", args.runs / algorithm / name
+    if curve.exists():
+        return f"{algorithm} {name}: already there"
+    script, *own = ALGORITHMS[algorithm]
+    arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps), "--compile"]
+    repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
+    where = ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, str(ROOT / script), *repeat[2:], *where],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if process.returncode != 0:
+        return f"{algorithm} {name}: FAILED with status {process.returncode}: {process.stderr.splitlines()[-1]}"
+    evaluation = re.search(r"evaluation: (\S+) ± (\S+) over", process.stdout)
+    episodes = episodes_of(run_dir)
+    last = [value for _, value in episodes[-100:]]
+    row = {
+        "algorithm": algorithm,
+        "env_id": env_id,
+        "seed": seed,
+        "total_timesteps": args.total_timesteps,
+        "train_last_100": round(sum(last) / len(last), 2),
+        "evaluation_mean": evaluation[1],
+        "evaluation_std": evaluation[2],
+        "steps_per_second": round(args.total_timesteps / seconds) if where[0] == "--run-dir" else "",
+        "command": " ".join(repeat),
+        "versions": " ".join(f"{p} {version(p)}" for p in ("torch", "gymnasium", "mujoco", "numpy")),
+        "python": platform.python_version(),
+        "processor": processor(),
+    }
+    with lock:
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        summary = args.results / "summary.csv"
+        new = not summary.exists()
+        with summary.open("a", newline="") as f:
+            writer = csv.DictWriter(f, row.keys(), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        with curve.with_suffix(".tmp").open("w", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(["step", "return"])
+            writer.writerows((step, round(value, 2)) for step, value in episodes)
+        os.replace(curve.with_suffix(".tmp"), curve)  # last, as its presence says that the run is done
+    return f"{algorithm} {name}: {row['train_last_100']} in {seconds:.0f} s"
+
+
+def main(args: Args) -> None:
+    jobs = [(a, e, s) for s in args.seeds for a in args.algorithms for e in args.env_ids]
+    lock = threading.Lock()
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(jobs), unit=" runs") as bar:
+        for future in [pool.submit(run, args, *job, lock) for job in jobs]:
+            future.add_done_callback(lambda done: (bar.write(done.result()), bar.update()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
