@@ -82,7 +82,7 @@ class Args:
     hidden_size: int = 64
     """Width of the two hidden layers of actor and critic. [paper, sec. 6.1: 64]"""
     init_log_std: float = -0.5
-    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: about -0.5 is best]"""
+    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     learning_rate: float = 3e-4
     """Step size of Adam at the start. [paper, table 3]"""
     anneal_lr: bool = True
@@ -93,8 +93,8 @@ class Args:
     """Gradient steps per pass. [paper, table 3: minibatches of 64 samples]"""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, table 3]"""
-    gae_lambda: float = 0.95
-    """Decay of the advantage estimator, in [0, 1]. [paper, table 3]"""
+    gae_lambda: float = 0.9
+    """Decay of the advantage estimator, in [0, 1]. [arXiv 2006.05990, sec. 3.4: 0.9; PPO paper: 0.95]"""
     clip_coef: float = 0.2
     """Epsilon of eq. 7: how far the probability ratio may move before its gradient stops. [paper, table 1: best]"""
     value_coef: float = 0.5
@@ -104,7 +104,7 @@ class Args:
     value_clip: float | None = None
     """Clip the change of a value per iteration to this, as OpenAI Baselines do. [arXiv 2006.05990: no gain]"""
     max_grad_norm: float = 0.5
-    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.6]"""
+    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
     target_kl: float | None = None
     """Leave the iteration after an epoch that has moved the mean KL beyond this. [Spinning Up]"""
     recompute_advantages: bool = True

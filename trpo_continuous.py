@@ -77,9 +77,9 @@ class Args:
     total_timesteps: int = 1_000_000
     """Environment steps of the whole run, all environments together."""
     num_envs: int = 8
-    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
-    num_steps: int = 256
-    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
+    """Environments stepped side by side. [paper, app. B: parallel workers]"""
+    num_steps: int = 128
+    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [Tianshou: 1024 in all]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
     num_threads: int = 1
@@ -90,7 +90,7 @@ class Args:
     hidden_size: int = 64
     """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: one layer of 30 to 50]"""
     init_log_std: float = -0.5
-    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: about -0.5 is best]"""
+    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     max_kl: float = 0.01
     """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
     line_search: bool = True
@@ -113,12 +113,12 @@ class Args:
     """Let the critic's learning rate fall linearly to 0 over the run."""
     critic_epochs: int = 10
     """Passes of the critic over the batch in one iteration. [sb3-contrib]"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """Gradient steps of the critic per pass."""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, app. E]"""
-    gae_lambda: float = 0.95
-    """Decay of the advantage estimator, in [0, 1]. [GAE paper, sec. 6.2: 0.92 to 0.98]"""
+    gae_lambda: float = 0.9
+    """Decay of the advantage estimator, in [0, 1]. [arXiv 2006.05990, sec. 3.4: 0.9; GAE paper: 0.92 to 0.99]"""
     recompute_advantages: bool = False
     """Estimate the critic's targets anew before each of its epochs."""
     normalize_advantages: bool = True

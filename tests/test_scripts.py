@@ -21,7 +21,7 @@ import trpo_continuous
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"trpo": trpo_continuous, "ppo_clip": ppo_clip_continuous, "ppo_kl": ppo_kl_continuous}
-BATCH = 2048
+BATCH = 2048  # of the PPO scripts, and the argument with which TRPO runs here
 COMMON_SCALARS = {
     "charts/episodic_return",
     "charts/episodic_length",
