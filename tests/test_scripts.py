@@ -21,7 +21,6 @@ import trpo_continuous
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"trpo": trpo_continuous, "ppo_clip": ppo_clip_continuous, "ppo_kl": ppo_kl_continuous}
-BATCH = 2048  # of the PPO scripts, and the argument with which TRPO runs here
 COMMON_SCALARS = {
     "charts/episodic_return",
     "charts/episodic_length",
@@ -59,6 +58,12 @@ def script(name):
     return SCRIPTS[name]
 
 
+@pytest.fixture
+def batch(script):
+    """Environment steps of one iteration at the script's default settings."""
+    return script.Args.num_envs * script.Args.num_steps
+
+
 def start(name, *arguments, cwd):
     command = [sys.executable, str(ROOT / f"{name}_continuous.py"), *map(str, arguments)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -80,26 +85,31 @@ def scalars(run_dir):
 
 def quick(script, run_dir, **changes):
     """Arguments for a run of two iterations on Pendulum."""
-    defaults = {"env_id": "Pendulum-v1", "total_timesteps": 2 * BATCH, "eval_episodes": 1, "run_dir": run_dir}
+    defaults = {
+        "env_id": "Pendulum-v1",
+        "total_timesteps": 2 * script.Args.num_envs * script.Args.num_steps,
+        "eval_episodes": 1,
+        "run_dir": run_dir,
+    }
     if "num_epochs" in vars(script.Args()):
         defaults["num_epochs"] = 1
     return script.Args(**{**defaults, **changes})
 
 
-def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
-    out = run(name, "--env-id", "Pendulum-v1", "--total-timesteps", 2 * BATCH, "--eval-episodes", 2, cwd=tmp_path)
+def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path):
+    out = run(name, "--env-id", "Pendulum-v1", "--total-timesteps", 2 * batch, "--eval-episodes", 2, cwd=tmp_path)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"Pendulum-v1__{name}_continuous__1__\d{{8}}-\d{{6}}", run_dir.name)
     assert json.loads((run_dir / "args.json").read_text())["env_id"] == "Pendulum-v1"
     assert f"run directory: runs/{run_dir.name}" in out and re.search(r"evaluation: -\d+\.\d ± \d+\.\d over 2 det", out)
 
-    run(name, "--resume", run_dir, "--total-timesteps", 4 * BATCH, cwd=tmp_path)
+    run(name, "--resume", run_dir, "--total-timesteps", 4 * batch, cwd=tmp_path)
     logged = scalars(run_dir)
     assert COMMON_SCALARS | OWN_SCALARS[name] == logged.keys()
-    assert [step for step, _ in logged["losses/value_loss"]] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
-    assert script.load_checkpoint(run_dir)["global_step"] == 4 * BATCH
-    # 8 environments, episodes of 200 steps: 2 x 8 in each session's 512 steps per environment
-    assert len(logged["charts/episodic_return"]) == 32
+    assert [step for step, _ in logged["losses/value_loss"]] == [batch, 2 * batch, 3 * batch, 4 * batch]
+    assert script.load_checkpoint(run_dir)["global_step"] == 4 * batch
+    # 8 environments, episodes of 200 steps, and new ones after the resume
+    assert len(logged["charts/episodic_return"]) == 2 * 8 * (2 * batch // 8 // 200)
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     out = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
@@ -130,6 +140,7 @@ def test_the_same_seed_gives_the_same_scalars_and_another_seed_others(script, tm
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_resumes(signal_number, tmp_path):
+    batch = 2048
     process = start("ppo_clip", "--env-id", "Pendulum-v1", "--run-dir", "a", "--checkpoint-interval", 2, cwd=tmp_path)
     events = lambda: [path for path in (tmp_path / "a").glob("events*") if path.stat().st_size > 5000]  # noqa: E731
     deadline = time.monotonic() + 60
@@ -138,23 +149,23 @@ def test_a_stopped_run_resumes(signal_number, tmp_path):
     process.send_signal(signal_number)
     out, err = process.communicate(timeout=60)
     step = ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"]
-    assert step > 0 and step % BATCH == 0
+    assert step > 0 and step % batch == 0
     if signal_number == signal.SIGKILL:
         assert process.returncode == -signal_number
     else:
         assert process.returncode == 128 + signal_number
         assert f"stopped at step {step}; go on with --resume a" in out
-    goal = step + 2 * BATCH
+    goal = step + 2 * batch
     run("ppo_clip", "--resume", "a", "--total-timesteps", goal, "--eval-episodes", 1, cwd=tmp_path)
     steps = [step for step, _ in scalars(tmp_path / "a")["losses/value_loss"]]
-    assert steps == list(range(BATCH, goal + 1, BATCH))  # none lost, none twice
+    assert steps == list(range(batch, goal + 1, batch))  # none lost, none twice
 
 
-def test_a_restored_run_is_the_saved_one(script, tmp_path, monkeypatch):
+def test_a_restored_run_is_the_saved_one(script, batch, tmp_path, monkeypatch):
     """Networks, statistics, optimizer, random state, counters: saving right after resuming gives the same."""
     script.train(quick(script, tmp_path / "a"))
     saved = script.load_checkpoint(tmp_path / "a")
-    args = quick(script, None, total_timesteps=4 * BATCH, resume=tmp_path / "a")
+    args = quick(script, None, total_timesteps=4 * batch, resume=tmp_path / "a")
     stop = RuntimeError("stopped before the first iteration")
 
     def interrupt(*_):
@@ -186,7 +197,7 @@ def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(s
     """Reward 1 for ever at γ = 0.9 is worth 10. Taking the time limit for an end would give at most 8.8, and less
     on average: 5.6."""
     args = script.Args(
-        env_id="toy_envs:Endless-v0", gamma=0.9, total_timesteps=30 * BATCH, run_dir=tmp_path / "a", eval_episodes=1
+        env_id="toy_envs:Endless-v0", gamma=0.9, total_timesteps=61_440, run_dir=tmp_path / "a", eval_episodes=1
     )
     script.train(args)
     checkpoint = script.load_checkpoint(tmp_path / "a")
@@ -209,7 +220,7 @@ def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(what, tmp_p
     assert ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"] == 256
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(script, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(script, batch, tmp_path, monkeypatch):
     original = script.estimate_advantages
     calls = []
 
@@ -218,10 +229,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(scrip
         return tuple(x * np.nan if len(calls) > 1 else x for x in original(*arguments))
 
     monkeypatch.setattr(script, "estimate_advantages", spoiled)
-    with pytest.raises(FloatingPointError, match="losses/.* is nan after the update at step 4096"):
+    with pytest.raises(FloatingPointError, match=f"losses/.* is nan after the update at step {2 * batch}"):
         script.train(quick(script, tmp_path / "a", checkpoint_interval=1))
     checkpoint = script.load_checkpoint(tmp_path / "a")
-    assert checkpoint["global_step"] == BATCH
+    assert checkpoint["global_step"] == batch
     assert all(x.isfinite().all() for x in checkpoint["agent"].values())
 
 
@@ -230,10 +241,10 @@ REFUSALS = [
     (["--env-id", "ALE/Pong-v5"], "ppo_atari.py"),
     (["--env-id", "NoSuchTask-v0"], "env_id: 'NoSuchTask-v0' cannot be made"),
     (["--env-id", "no_such_module:Task-v0"], "env_id: 'no_such_module:Task-v0' cannot be made"),
-    (["--total-timesteps", "2047"], "total_timesteps: 2047 was given, but it must be at least 2048"),
+    (["--total-timesteps", "1023"], "total_timesteps: 1023 was given, but it must be at least {batch}"),
     (
         ["--num-minibatches", "31"],
-        "num_minibatches: 31 was given, but it must be a divisor of num_envs * num_steps = 2048",
+        "num_minibatches: 31 was given, but it must be a divisor of num_envs * num_steps = {batch}",
     ),
     (["--num-envs", "0"], "num_envs: 0 was given, but it must be positive"),
     (["--num-steps", "-5"], "num_steps: -5"),
@@ -265,11 +276,13 @@ def refused(script, arguments, capsys):
     return err
 
 
-def test_wrong_arguments_are_refused_in_one_sentence_before_any_work(name, script, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_are_refused_in_one_sentence_before_any_work(
+    name, script, batch, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     for arguments, message in REFUSALS + OWN_REFUSALS[name]:
         err = refused(script, arguments, capsys)
-        assert message in err, arguments
+        assert message.format(batch=batch) in err, arguments
         assert err.count("\n") == 1 and "Traceback" not in err, err
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "compile: True was given, but it must be off" in refused(script, ["--compile"], capsys)
@@ -293,7 +306,7 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     for flag in ("--resume", "--evaluate"):
         assert f"was written by {name}_continuous.py" in refused(other, [flag, "a"], capsys)
     assert "total_timesteps" in refused(script, ["--resume", "a"], capsys)  # already done
-    assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "9999", "--seed", "5"], capsys)
+    assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "99999", "--seed", "5"], capsys)
     assert "run_dir: a" in refused(script, ["--run-dir", "a"], capsys)
     path = tmp_path / "a" / "checkpoint.pt"
     good = path.read_bytes()
