@@ -265,7 +265,9 @@ def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: 
     return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
 
 
-def squared_error(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None):
+def squared_error(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None
+) -> torch.Tensor:
     """(V - V_targ)² of each sample (eq. 9), all [batch]; with value_clip the larger of it and the same
     with V kept within value_clip of old_values (OpenAI Baselines)."""
     error = (values - returns) ** 2
@@ -290,7 +292,9 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int):
+def collect(
+    envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
+) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
     """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
 
     Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
@@ -321,9 +325,12 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps
 
 
 @torch.no_grad()
-def estimate_advantages(agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args):
+def estimate_advantages(
+    agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(advantages, returns, values) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
+    # What step t led to is what step t + 1 started from, except after the last step and where an episode ended.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(

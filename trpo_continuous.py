@@ -389,7 +389,9 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int):
+def collect(
+    envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
+) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
     """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
 
     Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
@@ -420,9 +422,12 @@ def collect(envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps
 
 
 @torch.no_grad()
-def estimate_advantages(agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args):
+def estimate_advantages(
+    agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(advantages, returns, values) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
+    # What step t led to is what step t + 1 started from, except after the last step and where an episode ended.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(
