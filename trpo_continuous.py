@@ -5,6 +5,7 @@
 #     "gymnasium[mujoco]==1.4.0",
 #     "mujoco==3.9.0",
 #     "ale-py==0.12.1",
+#     "opencv-python-headless==5.0.0.93",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
@@ -151,6 +152,7 @@ LIMITS = {  # inclusive; a number that is not named here must be positive
     "cg_residual_tolerance": (0.0, 1.0),
     "cg_damping": (0.0, 1e9),
 }
+FIXED = ("env_id", "seed", "hidden_size")  # a resumed run keeps these
 
 
 # ---------------------------------------------------------------------------- networks
@@ -664,7 +666,7 @@ def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
     video_dir = run_dir / "videos" if args.capture_video else None
     returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
     print(f"run directory: {run_dir}")
-    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} deterministic episodes")
+    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     if video_dir:
         print(f"video: {video_dir}")
 
@@ -732,7 +734,7 @@ class Run:
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
     def restore(self, checkpoint: dict) -> None:
-        for name in ("env_id", "seed", "hidden_size"):
+        for name in FIXED:
             if getattr(self.args, name) != checkpoint["args"][name]:
                 raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
         self.global_step = checkpoint["global_step"]

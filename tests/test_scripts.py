@@ -101,7 +101,9 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"Pendulum-v1__{name}_continuous__1__\d{{8}}-\d{{6}}", run_dir.name)
     assert json.loads((run_dir / "args.json").read_text())["env_id"] == "Pendulum-v1"
-    assert f"run directory: runs/{run_dir.name}" in out and re.search(r"evaluation: -\d+\.\d ± \d+\.\d over 2 det", out)
+    assert f"run directory: runs/{run_dir.name}" in out and re.search(
+        r"evaluation: -\d+\.\d ± \d+\.\d over 2 episodes", out
+    )
 
     run(name, "--resume", run_dir, "--total-timesteps", 4 * batch, cwd=tmp_path)
     logged = scalars(run_dir)
@@ -113,7 +115,7 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     out = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
-    assert "over 3 deterministic episodes" in out
+    assert "over 3 episodes" in out
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     again = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
     assert re.search("evaluation: .*", out)[0] == re.search("evaluation: .*", again)[0]

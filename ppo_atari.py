@@ -1,0 +1,712 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.9.0",
+#     "ale-py==0.12.1",
+#     "opencv-python-headless==5.0.0.93",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""Proximal policy optimization (PPO) with the clipped surrogate, for Atari games, from pixels.
+
+PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken,
+weighted by the ratio of their probabilities under the new and the old policy. Far from the old policy
+the surrogate means nothing, so the ratio is clipped; `ppo_clip_continuous.py` tells the story. Here actor
+and critic share a convolutional network, the actions are the buttons of a joystick, and observations
+stay bytes until they reach the network.
+
+Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation
+numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438, the network that of Mnih et
+al. 2015. The games follow the literature's protocol: every fourth frame, the larger of its last two
+pixels, 84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed where a game
+waits for it, at most 108,000 frames. A lost life ends the learning episode, the game goes on. Rewards
+are learned from by their sign. Reported returns are raw scores of full games.
+
+Where this file departs from the paper, each a field of `Args` with its reason: 4 epochs, value weight 0.5,
+a clip range that stays, advantages normalised, the gradient's norm clipped (all as CleanRL).
+
+    python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 3000000
+    python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000
+    python ppo_atari.py --evaluate RUN_DIR --capture-video
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from torch import nn
+from torch.distributions import Categorical, Distribution
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for every game
+
+
+@dataclass
+class Args:
+    env_id: str = "ALE/Breakout-v5"
+    """Any game of ale-py by its Gymnasium id."""
+    seed: int = 1
+    """Seed of the networks, the actions and the environments."""
+    total_timesteps: int = 10_000_000
+    """Environment steps of the whole run, of 4 frames each, all environments together. [paper, sec. 6.4: 40M frames]"""
+    num_envs: int = 8
+    """Environments stepped side by side. [paper, table 5]"""
+    num_steps: int = 128
+    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 5]"""
+    repeat_action_probability: float = 0.0
+    """Sticky actions: how likely the emulator repeats the last action. [Machado et al. 2018: 0.25; papers before: 0]"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network lives; auto is the GPU where there is one."""
+    num_threads: int = os.cpu_count() or 1
+    """CPU threads of PyTorch and of the emulators; by default one a core."""
+    bfloat16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Convolutions in bfloat16, about twice as fast; by default where this processor has instructions for it."""
+    compile: bool = False
+    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+
+    learning_rate: float = 2.5e-4
+    """Step size of Adam at the start. [paper, table 5]"""
+    anneal_lr: bool = True
+    """Let the learning rate fall linearly to 0 over the run. [paper, table 5]"""
+    num_epochs: int = 4
+    """Passes over the batch in one iteration. [OpenAI Baselines, CleanRL; paper, table 5: 3]"""
+    num_minibatches: int = 4
+    """Gradient steps per pass. [paper, table 5: minibatches of 32 * 8 samples]"""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1]. [paper, table 5]"""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimator, in [0, 1]. [paper, table 5]"""
+    clip_coef: float = 0.1
+    """Epsilon of eq. 7: how far the probability ratio may move before its gradient stops. [paper, table 5]"""
+    value_coef: float = 0.25
+    """c1 of eq. 9, the weight of the value loss. [CleanRL: 0.5 on half the square; paper, table 5: 1]"""
+    entropy_coef: float = 0.01
+    """c2 of eq. 9, the weight of the entropy bonus. [paper, table 5]"""
+    value_clip: float | None = None
+    """Clip the change of a value per iteration to this, as OpenAI Baselines do. [arXiv 2006.05990: no gain]"""
+    max_grad_norm: float = 0.5
+    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines]"""
+    target_kl: float | None = None
+    """Leave the iteration after an epoch that has moved the mean KL beyond this. [Spinning Up]"""
+    recompute_advantages: bool = False
+    """Estimate the advantages anew with the current critic before every epoch: a pass over the batch each."""
+    normalize_advantages: bool = True
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]"""
+    run_dir: Path | None = None
+    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    checkpoint_interval: int = 10
+    """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    evaluate: Path | None = None
+    """Only play the policy saved in this directory."""
+    eval_episodes: int = 10
+    """Games of the evaluation at the end of training, or of --evaluate."""
+    capture_video: bool = False
+    """Record the first evaluation game, in colour, as an mp4 in the run directory's videos/."""
+
+
+LIMITS = {  # inclusive; a number that is not named here must be positive
+    "seed": (0, 2**62),
+    "repeat_action_probability": (0.0, 1.0),
+    "gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "value_coef": (0.0, 1e9),
+    "entropy_coef": (0.0, 1e9),
+}
+FIXED = ("env_id", "seed")  # a resumed run keeps these
+
+
+# ---------------------------------------------------------------------------- networks
+
+
+def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """The network of Mnih et al. 2015, shared by actor and critic, each with a linear head of its own.
+
+    Takes the single environment's spaces: a Box [4, 84, 84] of bytes and a Discrete of actions.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, bfloat16: bool = False):
+        super().__init__()
+        self.bfloat16 = bfloat16
+        trunk = nn.Sequential(
+            orthogonal(nn.Conv2d(observation_space.shape[0], 32, 8, stride=4)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            orthogonal(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.trunk = trunk.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        self.actor = orthogonal(nn.Linear(512, int(action_space.n)), gain=0.01)
+        self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
+
+    def features(self, obs: torch.Tensor) -> torch.Tensor:
+        """[batch, 512] in float32 for obs [batch, 4, 84, 84], bytes."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            pixels = obs.to(torch.bfloat16 if self.bfloat16 else torch.float32, memory_format=torch.channels_last)
+            return self.trunk(pixels / 255.0).float()
+
+    def distribution(self, obs: torch.Tensor) -> Distribution:
+        """π(·|obs): a categorical over the actions for each row of obs [batch, 4, 84, 84]."""
+        return Categorical(logits=self.actor(self.features(obs)), validate_args=False)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(obs), [batch], in units of clipped reward, for obs [batch, 4, 84, 84]."""
+        return self.critic(self.features(obs)).squeeze(-1)
+
+    def both(self, obs: torch.Tensor) -> tuple[Distribution, torch.Tensor]:
+        """(distribution, value) of obs for the price of one pass through the shared layers."""
+        features = self.features(obs)
+        distribution = Categorical(logits=self.actor(features), validate_args=False)
+        return distribution, self.critic(features).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------- mathematics
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminations: torch.Tensor,
+    dones: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (GAE paper, eq. 16; PPO paper, eq. 11 and 12).
+
+    All tensors are [num_steps, num_envs]. `values[t]` is V of the state in which step t was taken,
+    `next_values[t]` V of the state it really led to: of the last observation of the episode where one
+    ended, not of the next one's first. `terminations` says that nothing follows that state, `dones`
+    (terminated or truncated) that the episode ended there: the first stops the bootstrap, the second
+    the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
+    targets of the critic.
+    """
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
+    advantage, advantages = torch.zeros_like(values[0]), []
+    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
+        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantages.append(advantage)
+    advantages = torch.stack(advantages[::-1])
+    return advantages, advantages + values
+
+
+def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """L^CLIP of each sample (eq. 7), to be maximised; ratio = π(a|s) / π_old(a|s), all [batch].
+
+    The minimum takes the clipping only where it lowers the objective: a step can stop to pay, but a
+    ratio on the wrong side of 1 is always pulled back.
+    """
+    return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
+
+
+def squared_error(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None
+) -> torch.Tensor:
+    """(V - V_targ)² of each sample (eq. 9), all [batch]; with value_clip the larger of it and the same
+    with V kept within value_clip of old_values (OpenAI Baselines)."""
+    error = (values - returns) ** 2
+    if value_clip is not None:
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        error = torch.max(error, (clipped - returns) ** 2)
+    return error
+
+
+# ---------------------------------------------------------------------------- one iteration
+
+
+class Rollout(NamedTuple):
+    """What one iteration has seen, each [num_steps, num_envs, ...]."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor  # -1, 0 or 1
+    next_obs: torch.Tensor  # the true successor, also where an episode ended
+    terminations: torch.Tensor  # a life or the game is lost
+    dones: torch.Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(
+    envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
+) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
+    """Run the policy for num_steps in every environment, from obs [num_envs, 4, 84, 84] on.
+
+    Returns (rollout, the observations to go on from, the finished games as (step, score, length)).
+    """
+    device, steps, episodes = agent.actor.weight.device, [], []
+    for _ in range(num_steps):
+        action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
+        next_obs, reward, terminated, truncated, infos = envs.step(action)
+        global_step += envs.num_envs
+        successor, done = next_obs, terminated | truncated
+        if done.any():  # where the game is over, next_obs is already the beginning of the next one
+            successor = next_obs.copy()
+            successor[done] = infos["final_obs"][done]
+        for i in np.flatnonzero(infos["game_over"]):
+            episodes.append((global_step, float(infos["score"][i]), int(infos["length"][i])))
+        steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
+        obs = next_obs
+    rollout = Rollout(*(torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)))
+    return rollout, obs, episodes
+
+
+@torch.no_grad()
+def estimate_advantages(
+    agent: Agent, rollout: Rollout, values: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, returns) of the rollout, each [num_steps * num_envs], given the values of its observations."""
+    values = values.view_as(rollout.rewards)
+    # What step t led to is what step t + 1 started from, except after the last step and where an episode ended.
+    next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1])[None]])
+    if rollout.dones.any():
+        next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
+    advantages, returns = compute_gae(
+        rollout.rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
+    )
+    if args.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    return advantages.flatten(), returns.flatten()
+
+
+@torch.no_grad()
+def approximate_kl(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(π_old ‖ π) estimated from the actions taken: mean of r - 1 - log r, unbiased and never negative
+    (estimator k3 of http://joschu.net/blog/kl-approx.html)."""
+    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
+    return (log_ratio.exp() - 1.0 - log_ratio).mean()
+
+
+def loss_gradient(
+    agent: Agent, parameters: list[nn.Parameter], minibatch: tuple[torch.Tensor, ...], args: Args
+) -> list[torch.Tensor]:
+    """Gradient of -L^{CLIP+VF+S} (eq. 9) over one minibatch, one tensor a parameter, its norm clipped."""
+    obs, actions, old_log_probs, advantages, returns, old_values = minibatch
+    distribution, values = agent.both(obs)
+    ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
+    objective = clipped_surrogate(ratio, advantages, args.clip_coef).mean()  # eq. 7
+    value_loss = squared_error(values, old_values, returns, args.value_clip).mean()
+    loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
+    gradients = torch.autograd.grad(loss, parameters)
+    clip = (args.max_grad_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    return [gradient * clip for gradient in gradients]
+
+
+def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient) -> dict[str, float]:
+    """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
+
+    `gradient` is `loss_gradient` or its compiled form. Returns the scalars for the log, taken over the
+    whole batch after the last step.
+    """
+    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
+    parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
+    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at exactly 1
+        distribution, old_values = agent.both(obs)
+        old_log_probs = distribution.log_prob(actions)
+    advantages, returns = estimate_advantages(agent, rollout, old_values, args)
+    explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)
+
+    for epoch in range(args.num_epochs):
+        if epoch > 0 and args.recompute_advantages:
+            with torch.no_grad():
+                advantages, returns = estimate_advantages(agent, rollout, agent.value(obs), args)
+        for rows in torch.randperm(len(obs), device=obs.device).split(minibatch_size):
+            minibatch = [x[rows] for x in (obs, actions, old_log_probs, advantages, returns, old_values)]
+            for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
+                parameter.grad = grad
+            optimizer.step()
+        if args.target_kl is not None and approximate_kl(agent, obs, actions, old_log_probs) > args.target_kl:
+            break
+
+    with torch.no_grad():
+        distribution, values = agent.both(obs)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()
+        metrics = {
+            "losses/policy_loss": -clipped_surrogate(ratio, advantages, args.clip_coef).mean(),
+            "losses/value_loss": squared_error(values, old_values, returns, args.value_clip).mean(),
+            "losses/entropy": distribution.entropy().mean(),
+            "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),
+            "losses/clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+            "losses/explained_variance": explained_variance,
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------- the algorithm
+
+
+def train(args: Args) -> Path:
+    """PPO, algorithm 1 of the paper: collect, estimate advantages, optimise the surrogate, repeat.
+
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
+    """
+    check_args(args)
+    envs = make_envs(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.bfloat16)
+    agent.to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
+    gradient = torch.compile(loss_gradient) if args.compile else loss_gradient
+
+    batch_size = args.num_envs * args.num_steps
+    with Run(args, agent=agent, optimizer=optimizer) as run:
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
+        while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
+            rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+            metrics = update(agent, optimizer, rollout, args, gradient)
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            run.log(batch_size, episodes, metrics)
+    envs.close()
+    report_evaluation(agent, args, run.run_dir)
+    return run.run_dir
+
+
+# ---------------------------------------------------------------------------- environments and evaluation
+
+
+class RefusedError(ValueError):
+    """An argument that cannot work, found before any work was done."""
+
+
+class FullGames(gym.vector.VectorWrapper):
+    """Keeps the raw score of full games, and hands on the sign of the rewards (Mnih et al. 2015).
+
+    A lost life is reported as a termination, so a game's end shows only in its frame number falling. infos
+    gains "game_over", and "score" and "length" of the games that are.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = self.env.reset(seed=seed, options=options)
+        self.scores, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
+        self.frames = infos["episode_frame_number"].copy()
+        return obs, infos
+
+    def step(self, actions):
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.scores, self.lengths = self.scores + rewards, self.lengths + 1
+        game_over = infos["episode_frame_number"] < self.frames
+        infos.update(game_over=game_over, score=self.scores, length=self.lengths)
+        self.scores, self.lengths = np.where(game_over, 0.0, self.scores), np.where(game_over, 0, self.lengths)
+        self.frames = infos["episode_frame_number"].copy()
+        return obs, np.sign(rewards), terminations, truncations, infos
+
+
+def game_of(env_id: str) -> str:
+    """The name of the game's ROM. Raises RefusedError where env_id is not a game's current Gymnasium id."""
+    try:
+        spec = gym.spec(env_id)
+    except (gym.error.Error, ImportError) as error:
+        raise RefusedError(f"env_id: {env_id!r} does not exist ({error}); ALE/Breakout-v5 would work") from error
+    game = spec.kwargs.get("game")
+    if game is None:
+        raise RefusedError(
+            f"env_id: {env_id} is not an Atari game; ppo_clip_continuous.py learns tasks with continuous actions, "
+            f"and no script of the four one with other observations and discrete actions"
+        )
+    right = f"ALE/{game.title().replace('_', '')}-v5"
+    if env_id != right:
+        raise RefusedError(
+            f"env_id: {env_id} has another protocol in its name; give {right}, which is set up as needed"
+        )
+    return game
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """num_envs games stepped together in C++ threads, preprocessing included.
+
+    Of the two switches for lives `episodic_life` would restart the whole game after each, so it is
+    `life_loss_info` that is on. SAME_STEP: the step that ends a game already returns the beginning of the
+    next one, and its own last observation in infos["final_obs"].
+    """
+    envs = AtariVectorEnv(
+        game_of(args.env_id),
+        args.num_envs,
+        num_threads=min(args.num_threads, args.num_envs),
+        repeat_action_probability=args.repeat_action_probability,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        life_loss_info=True,
+        reward_clipping=False,  # the raw score would be lost
+    )
+    return FullGames(envs)
+
+
+def make_env(env_id: str, render_mode: str | None = None, video_dir: Path | None = None) -> gym.Env:
+    """One game, played to its end, with the same preprocessing; video_dir records the first game in colour."""
+    game_of(env_id)
+    try:
+        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, render_mode=render_mode)
+    except gym.error.Error as error:
+        raise RefusedError(f"env_id: {env_id!r} cannot be made ({error})") from error
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
+    env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=84)
+    return gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
+    """Raw scores [num_episodes] of full games; agent and random state stay as they are.
+
+    Actions are sampled, as in training: the most likely one alone can wait for ever for a ball that
+    only FIRE would bring. With video_dir the first game is recorded there as an mp4.
+    """
+    env = make_env(env_id, "rgb_array" if video_dir else None, video_dir)
+    returns = np.zeros(num_episodes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i in range(num_episodes):
+            obs, _ = env.reset(seed=seed if i == 0 else None)
+            done = False
+            while not done:
+                obs = torch.as_tensor(obs, device=agent.actor.weight.device)
+                obs, reward, terminated, truncated, _ = env.step(int(agent.distribution(obs[None]).sample()))
+                returns[i] += reward
+                done = terminated or truncated
+    env.close()
+    return returns
+
+
+def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
+    """Evaluate with args and print what came out."""
+    video_dir = run_dir / "videos" if args.capture_video else None
+    returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
+    print(f"run directory: {run_dir}")
+    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+    if video_dir:
+        print(f"video: {video_dir}")
+
+
+# ---------------------------------------------------------------------------- runs and checkpoints
+
+
+class Run:
+    """The bookkeeping around `train`: run directory, log, progress bar, checkpoints, resume, stop signals.
+
+    `parts` are what a checkpoint holds besides the counters: anything with state_dict and load_state_dict.
+    """
+
+    def __init__(self, args: Args, **parts):
+        self.args, self.parts = args, parts
+        self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
+        self.stop_signal = 0
+        if args.resume:
+            self.run_dir = args.resume
+            self.restore(load_checkpoint(args.resume))
+        else:
+            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+            self.run_dir = args.run_dir or Path("runs") / name.replace("/", "-").replace(":", "-")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
+        self.save()  # a run killed before its first checkpoint resumes too
+        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
+        self.start_time, self.start_step = time.perf_counter(), self.global_step
+        # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
+        self.old_handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, signal_number: int, frame) -> None:
+        if self.stop_signal:  # asked twice: at once, with the last checkpoint
+            sys.exit(128 + signal_number)
+        self.stop_signal = signal_number
+
+    def log(self, steps: int, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Count one iteration, write its scalars, and save a checkpoint when one is due."""
+        self.global_step += steps
+        self.iterations += 1
+        for name, value in metrics.items():
+            if not np.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} after the update at step {self.global_step}")
+            self.writer.add_scalar(name, value, self.global_step)
+        for step, episodic_return, length in episodes:
+            self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+            self.writer.add_scalar("charts/episodic_length", length, step)
+            self.recent_returns.append(episodic_return)
+        speed = (self.global_step - self.start_step) / (time.perf_counter() - self.start_time)
+        self.writer.add_scalar("charts/SPS", speed, self.global_step)
+        if self.recent_returns:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
+        self.bar.update(steps)
+        if self.iterations % self.args.checkpoint_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        if hasattr(self, "writer"):
+            self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
+        counters = {"global_step": self.global_step, "recent_returns": list(self.recent_returns)}
+        save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
+
+    def restore(self, checkpoint: dict) -> None:
+        for name in FIXED:
+            if getattr(self.args, name) != checkpoint["args"][name]:
+                raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
+        self.global_step = checkpoint["global_step"]
+        self.recent_returns.extend(checkpoint["recent_returns"])
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
+        if error is None:
+            self.save()
+        self.bar.close()
+        self.writer.close()
+        for signal_number, handler in self.old_handlers.items():
+            signal.signal(signal_number, handler)
+        if self.recent_returns and error is None:
+            recent = np.array(self.recent_returns)
+            print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
+        if self.stop_signal and error is None:
+            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
+            sys.exit(128 + self.stop_signal)
+
+
+def plain(args: Args) -> dict:
+    """The arguments as plain values, for JSON and for checkpoints that load without running code."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns: list[float], **parts) -> None:
+    """Write run_dir/checkpoint.pt whole or not at all: plain values, tensors and the parts' state_dicts."""
+    checkpoint = {
+        "script": SCRIPT,
+        "args": plain(args),
+        "global_step": global_step,
+        "recent_returns": recent_returns,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
+        **{name: part.state_dict() for name, part in parts.items()},
+    }
+    torch.save(checkpoint, run_dir / "checkpoint.tmp")
+    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, saved_args = checkpoint["script"], checkpoint["args"]
+        assert {"global_step", "agent"} <= checkpoint.keys() and isinstance(saved_args, dict)
+    except Exception as error:
+        raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
+    if script != SCRIPT:
+        raise RefusedError(f"{path} was written by {script}.py, so only that script can load it")
+    if saved_args.keys() != {field.name for field in fields(Args)}:
+        raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
+    return checkpoint
+
+
+def check_args(args: Args) -> None:
+    """Raises RefusedError, in one sentence, for an argument that cannot work."""
+
+    def check(name: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
+
+    for name, value in vars(args).items():
+        if name in LIMITS:
+            low, high = LIMITS[name]
+            check(name, low <= value <= high, f"between {low} and {high}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            check(name, 0 < value < float("inf"), "positive and finite")
+    batch = args.num_envs * args.num_steps
+    done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
+    check(
+        "total_timesteps",
+        args.total_timesteps >= done + batch,
+        f"at least {done + batch} for one batch of {batch} more",
+    )
+    check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
+    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
+    taken = args.run_dir and (args.run_dir / "checkpoint.pt").exists()
+    check("run_dir", args.resume or not taken, "a new directory, or --resume to go on with the run that it holds")
+    if args.capture_video:
+        make_env(args.env_id, "rgb_array").close()
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume or --evaluate the saved arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    if args.resume and args.evaluate:
+        raise RefusedError("resume: give --resume or --evaluate, not both")
+    if args.resume or args.evaluate:
+        saved = load_checkpoint(args.resume or args.evaluate)["args"]
+        saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            env = make_env(args.env_id)
+            agent = Agent(env.observation_space, env.action_space, args.bfloat16)
+            agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+            report_evaluation(agent, args, args.evaluate)
+        else:
+            train(args)
+    except RefusedError as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

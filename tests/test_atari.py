@@ -1,0 +1,161 @@
+"""The Atari script: lives and games told apart, raw scores, the same pixels in training and evaluation, a run of it."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+
+import ppo_atari
+
+
+def small(**changes):
+    """Arguments for a run of two iterations of 2 x 16 steps."""
+    defaults = {"num_envs": 2, "num_steps": 16, "total_timesteps": 64, "num_epochs": 1, "eval_episodes": 1}
+    return ppo_atari.Args(**{**defaults, **changes})
+
+
+class Scripted(ppo_atari.Agent):
+    """An agent that plays a given sequence of actions, one row a step."""
+
+    def __init__(self, envs, script):
+        super().__init__(envs.single_observation_space, envs.single_action_space)
+        self.script = iter(script)
+
+    def distribution(self, obs):
+        action = torch.as_tensor(next(self.script))
+
+        class Fixed:
+            def sample(self):
+                return action
+
+        return Fixed()
+
+
+def test_lives_and_games_are_told_apart_and_the_score_is_the_emulators():
+    """The same actions on the same seeds in an environment that knows full games only: its terminations are our
+    finished games, the sum of its rewards our scores; our terminations besides are the lost lives."""
+    steps, args = 400, small(env_id="ALE/Breakout-v5")
+    script = np.random.default_rng(0).integers(0, 4, (steps, args.num_envs))
+    envs = ppo_atari.make_envs(args)
+    obs, infos = envs.reset(seed=5)
+    assert (infos["lives"] == 5).all()
+    rollout, _, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
+
+    plain = AtariVectorEnv(
+        "breakout", args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False
+    )  # the emulator's own count
+    plain.reset(seed=5)
+    expected, game_ends, lives_lost, rewards = [], [], np.zeros(args.num_envs, dtype=int), []
+    score, length, lives = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int), np.full(args.num_envs, 5)
+    for t, actions in enumerate(script):
+        _, reward, terminated, truncated, infos = plain.step(actions)
+        score, length = score + reward, length + 1
+        rewards.append(reward)
+        lives_lost += infos["lives"] < lives
+        for i in np.flatnonzero(terminated | truncated):
+            expected.append(((t + 1) * args.num_envs, score[i], length[i]))
+            game_ends.append((t, i))
+            score[i], length[i] = 0, 0
+        lives = infos["lives"].copy()
+    assert len(expected) >= 2 and sum(score for _, score, _ in expected) > 0
+    assert episodes == expected
+    np.testing.assert_array_equal(rollout.rewards, np.sign(rewards))
+    assert all(rollout.terminations[t, i] for t, i in game_ends)
+    assert int(rollout.terminations.sum()) == len(game_ends) + lives_lost.sum() and lives_lost.sum() >= 8
+
+
+def test_a_lost_life_cuts_the_advantage_recursion_and_the_game_goes_on():
+    steps, args = 60, small(env_id="ALE/Breakout-v5")
+    script = np.ones((steps, args.num_envs), dtype=np.int64)  # FIRE for ever: the ball is lost again and again
+    envs = ppo_atari.make_envs(args)
+    obs, _ = envs.reset(seed=5)
+    rollout, _, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
+    lost = int(rollout.terminations[:, 0].nonzero()[0])
+    assert not episodes and lost < steps - 10  # no game has ended
+    values = torch.randn(steps, args.num_envs)
+    arguments = (values, values, rollout.terminations, rollout.dones, 0.99, 0.95)
+    before, _ = ppo_atari.compute_gae(rollout.rewards, *arguments)
+    later = rollout.rewards.clone()
+    later[lost + 1 :] += 1.0
+    after, _ = ppo_atari.compute_gae(later, *arguments)
+    assert before[: lost + 1, 0].equal(after[: lost + 1, 0]) and not before[lost + 1 :, 0].equal(after[lost + 1 :, 0])
+
+
+def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
+    steps, args = 200, small(env_id="ALE/Breakout-v5")
+    script = np.random.default_rng(1).integers(0, 4, (steps, args.num_envs))
+    envs = ppo_atari.make_envs(args)
+    obs, _ = envs.reset(seed=5)
+    first = obs.copy()
+    rollout, last, _ = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
+    assert rollout.obs.dtype == torch.uint8 and rollout.obs[0].equal(torch.as_tensor(first))
+    assert rollout.next_obs[-1][~rollout.dones[-1]].equal(torch.as_tensor(last)[~rollout.dones[-1]])
+    going_on = ~rollout.dones[:-1]
+    assert rollout.next_obs[:-1][going_on].equal(rollout.obs[1:][going_on])
+    assert len({row.numpy().tobytes() for row in rollout.obs[:, 0]}) > steps / 2  # each step its own frames
+
+
+def test_training_and_evaluation_see_the_same_pixels():
+    env = ppo_atari.make_env("ALE/Pong-v5")
+    while not isinstance(env, gym.wrappers.AtariPreprocessing):
+        env = env.env
+    env.noop_max = 0
+    vector = AtariVectorEnv("pong", 1, noop_max=0, use_fire_reset=False, reward_clipping=False)
+    single, _ = env.reset(seed=3)
+    batch, _ = vector.reset(seed=3)
+    np.testing.assert_array_equal(single, batch[0, -1])
+    for action in np.random.default_rng(0).integers(0, 6, 100):
+        single, reward, *_ = env.step(action)
+        batch, rewards, *_ = vector.step(np.array([action]))
+        np.testing.assert_array_equal(single, batch[0, -1])
+        assert reward == rewards[0]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_agent_keeps_its_contract_and_ratios_start_at_exactly_1(bfloat16):
+    torch.manual_seed(0)
+    agent = ppo_atari.Agent(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(6), bfloat16)
+    obs = torch.randint(0, 256, (128, 4, 84, 84), dtype=torch.uint8)
+    distribution = agent.distribution(obs)
+    assert distribution.probs.shape == (128, 6) and agent.value(obs).shape == (128,)
+    together, values = agent.both(obs)
+    assert together.logits.equal(distribution.logits) and values.equal(agent.value(obs))
+    actions, rows = distribution.sample(), torch.randperm(128)[:32]
+    minibatch = agent.distribution(obs[rows]).log_prob(actions[rows])
+    assert (minibatch - distribution.log_prob(actions)[rows]).exp().eq(1.0).all()
+
+
+def test_the_script_trains_resumes_evaluates_and_films(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--num-envs", "2", "--num-steps", "16", "--num-epochs", "1", "--eval-episodes", "1", "--num-threads", "1"]
+    ppo_atari.main(["--env-id", "ALE/Breakout-v5", "--total-timesteps", "64", *steps])
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("ALE-Breakout-v5__ppo_atari__1__")
+    assert ppo_atari.load_checkpoint(run_dir)["global_step"] == 64
+    ppo_atari.main(["--resume", str(run_dir), "--total-timesteps", "128"])
+    assert ppo_atari.load_checkpoint(run_dir)["global_step"] == 128
+    capsys.readouterr()
+    ppo_atari.main(["--evaluate", str(run_dir), "--capture-video"])
+    assert "over 1 episodes" in capsys.readouterr().out
+    (video,) = (run_dir / "videos").glob("*.mp4")
+    assert video.read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize(
+    "env_id, message",
+    [
+        ("HalfCheetah-v5", "ppo_clip_continuous.py"),
+        ("CartPole-v1", "is not an Atari game"),
+        ("ALE/NoSuchGame-v5", "does not exist"),
+        ("PongNoFrameskip-v4", "give ALE/Pong-v5"),
+        ("MsPacmanNoFrameskip-v4", "give ALE/MsPacman-v5"),
+    ],
+)
+def test_what_is_no_game_is_refused_with_what_would_fit(env_id, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        ppo_atari.main(["--env-id", env_id])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
