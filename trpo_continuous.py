@@ -297,21 +297,35 @@ def mean_kl(old: Distribution, new: Distribution) -> torch.Tensor:
     return gaussian_kl(old, new).mean()
 
 
-def flat_gradient(scalar: torch.Tensor, parameters: list[nn.Parameter], **options) -> torch.Tensor:
-    """Gradient of a scalar with respect to all the parameters, as one vector in their order."""
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, parameters, **options)])
+def flat_gradient(outputs: torch.Tensor, parameters: list[nn.Parameter], **options) -> torch.Tensor:
+    """Gradient of a scalar with respect to all the parameters, as one vector in their order; of a tensor,
+    with grad_outputs=u, the product Jᵀu with its Jacobian J."""
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(outputs, parameters, **options)])
 
 
 def fisher_vector_product(
-    kl_gradient: torch.Tensor, parameters: list[nn.Parameter], v: torch.Tensor, damping: float
-) -> torch.Tensor:
-    """(H + damping I) v, where H is the Hessian of the mean KL at θ_old, the Fisher matrix (app. C).
+    policy: Distribution, parameters: list[nn.Parameter], damping: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function v -> (H + damping I) v, where H is the Hessian of the mean KL at θ_old, the Fisher matrix.
 
-    kl_gradient is the gradient of the mean KL at θ_old as one vector, itself differentiable
-    (create_graph=True). As H v = ∇(∇KL · v), one more differentiation gives the product; no n x n
-    matrix appears, whatever some tutorials say. v and the result are [number of parameters].
+    H = Jᵀ M J (app. C.1): J is the Jacobian of what the network says, mean and standard deviation of each
+    state's Gaussian, with respect to θ; M is the Hessian of the Gaussian KL in these two, which is diagonal
+    and known. (The network's own second derivatives do not appear: at θ_old the slope of the KL, their
+    factor, is 0.) Both products come from automatic differentiation, so no n x n matrix is ever formed,
+    whatever some tutorials say. `policy` are the distributions of a batch of states, still attached
+    to their graph; v and the product are [number of parameters].
     """
-    return flat_gradient(kl_gradient @ v, parameters, retain_graph=True) + damping * v
+    outputs = torch.stack([policy.mean, policy.stddev])  # [2, batch, action_size]
+    variance = policy.variance.detach()
+    metric = torch.stack([1.0 / variance, 2.0 / variance]) / len(variance)  # M, and the mean over the batch
+    u = torch.zeros_like(outputs, requires_grad=True)
+    pullback = flat_gradient(outputs, parameters, grad_outputs=u, create_graph=True)  # Jᵀu, linear in u
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        (pushed,) = torch.autograd.grad(pullback, u, v, retain_graph=True)  # d(vᵀJᵀu)/du = J v
+        return flat_gradient(outputs, parameters, grad_outputs=metric * pushed, retain_graph=True) + damping * v
+
+    return product
 
 
 def conjugate_gradient(
@@ -464,13 +478,7 @@ def update_policy(
     ratio = (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()  # exactly 1, but its gradient is not 0
     surrogate_old = surrogate_advantage(ratio, advantages)
     g = flat_gradient(surrogate_old, parameters)
-    some_obs = obs[:: args.fisher_subsample]
-    with torch.no_grad():
-        some_old = agent.distribution(some_obs)
-    kl_gradient = flat_gradient(mean_kl(some_old, agent.distribution(some_obs)), parameters, create_graph=True)
-
-    def hessian(v: torch.Tensor) -> torch.Tensor:
-        return fisher_vector_product(kl_gradient, parameters, v, args.cg_damping)
+    hessian = fisher_vector_product(agent.distribution(obs[:: args.fisher_subsample]), parameters, args.cg_damping)
 
     # Step 4: conjugate gradient for H x = g. Step 5: the full step.
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
