@@ -43,6 +43,8 @@ class Args:
     """Seeds to report; settings are developed on 101 and up."""
     total_timesteps: int = 1_000_000
     """Environment steps of each run."""
+    compile: bool = True
+    """Run the scripts with --compile."""
     workers: int = os.cpu_count() or 1
     """Runs at a time."""
     results: Path = ROOT / "benchmark" / "results"
@@ -73,7 +75,8 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
     if curve.exists():
         return f"{algorithm} {name}: already there"
     script, *own = ALGORITHMS[algorithm]
-    arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps), "--compile"]
+    arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
+    arguments += ["--compile"] if args.compile else []
     repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
     where = ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
     start = time.perf_counter()
