@@ -577,9 +577,9 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
-        self.save()  # a run killed before its first checkpoint resumes too
-        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
         self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+        self.save()  # a run killed before its first checkpoint resumes too
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
         # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
@@ -611,8 +611,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        if hasattr(self, "writer"):
-            self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
+        self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
         counters = {"global_step": self.global_step, "recent_returns": list(self.recent_returns)}
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
@@ -675,12 +674,14 @@ def load_checkpoint(run_dir: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = checkpoint["script"], checkpoint["args"]
-        assert {"global_step", "agent"} <= checkpoint.keys() and isinstance(saved_args, dict)
+        if not {"global_step", "recent_returns", "agent", "torch_rng", "cuda_rng"} <= checkpoint.keys():
+            raise ValueError("parts are missing")
+        saved_names = set(saved_args)
     except Exception as error:
         raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
     if script != SCRIPT:
         raise RefusedError(f"{path} was written by {script}.py, so only that script can load it")
-    if saved_args.keys() != {field.name for field in fields(Args)}:
+    if saved_names != {field.name for field in fields(Args)}:
         raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
     return checkpoint
 
@@ -709,8 +710,8 @@ def check_args(args: Args) -> None:
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
     check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
-    taken = args.run_dir and (args.run_dir / "checkpoint.pt").exists()
-    check("run_dir", args.resume or not taken, "a new directory, or --resume to go on with the run that it holds")
+    taken = args.run_dir and (args.resume or (args.run_dir / "checkpoint.pt").exists())
+    check("run_dir", not taken, "a new directory, or left out for --resume to go on with the run that one holds")
     if args.capture_video:
         make_env(args.env_id, "rgb_array").close()
 
@@ -723,6 +724,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.resume or args.evaluate:
         saved = load_checkpoint(args.resume or args.evaluate)["args"]
         saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        if args.evaluate:  # on whatever machine, and without a video unless this command asks for one
+            saved = {**saved, "device": "auto", "compile": False, "capture_video": False}
         args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
     return args
 
@@ -731,6 +734,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         if args.evaluate:
+            check_args(args)
             env = make_env(args.env_id)
             agent = Agent(env.observation_space, env.action_space, args.hidden_size)
             agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])

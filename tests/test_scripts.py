@@ -310,6 +310,9 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     assert "total_timesteps" in refused(script, ["--resume", "a"], capsys)  # already done
     assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "99999", "--seed", "5"], capsys)
     assert "run_dir: a" in refused(script, ["--run-dir", "a"], capsys)
+    assert "run_dir: b" in refused(script, ["--resume", "a", "--run-dir", "b", "--total-timesteps", "99999"], capsys)
+    assert "eval_episodes: 0" in refused(script, ["--evaluate", "a", "--eval-episodes", "0"], capsys)
+    assert "not both" in refused(script, ["--evaluate", "a", "--resume", "a"], capsys)
     path = tmp_path / "a" / "checkpoint.pt"
     good = path.read_bytes()
     for bad in (b"", b"junk", good[: len(good) // 2], pickle.dumps(Malicious()), pickle.dumps({"script": name})):
