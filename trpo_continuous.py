@@ -78,7 +78,7 @@ class Args:
     total_timesteps: int = 1_000_000
     """Environment steps of the whole run, all environments together."""
     num_envs: int = 8
-    """Environments stepped side by side. [paper, app. B: parallel workers]"""
+    """Environments stepped side by side. [OpenAI Baselines: MPI workers]"""
     num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [Tianshou: 1024 in all]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,9 +2,10 @@
 
     python benchmark/speed.py --peer-python PATH/TO/A/PYTHON/WITH/SB3
 
-HalfCheetah-v5, 8 environments x 256 steps, 10 epochs, equal minibatches, equal networks. The speed is taken from the
-end of the first iteration to the end of the last, so that start-up and compilation do not count; peak memory is the
-process's own. Ratios are formed within each repetition, as these machines drift.
+HalfCheetah-v5, 2,048 steps an iteration, 10 epochs, equal minibatches, equal networks; ours with 8 environments, the
+peers with the 1 that is their default and with 8. The speed is taken from the end of the first iteration to the end
+of the last, so that start-up and compilation do not count; peak memory is the process's own. Ratios are formed
+within each repetition, as machines drift.
 """
 
 import json
@@ -25,18 +26,16 @@ PPO = [*COMMON, "--num-epochs", "10", "--num-minibatches", "32", "--no-recompute
 CASES = {
     "trpo": TRPO,
     "trpo --compile": [*TRPO, "--compile"],
-    "sb3-contrib TRPO": "TRPO",
+    "sb3-contrib TRPO, 1 environment": ("TRPO", 1),
+    "sb3-contrib TRPO, 8 environments": ("TRPO", 8),
     "ppo_clip": ["ppo_clip_continuous.py", *PPO],
     "ppo_clip --compile": ["ppo_clip_continuous.py", *PPO, "--compile"],
     "ppo_kl": ["ppo_kl_continuous.py", *PPO],
     "ppo_kl --compile": ["ppo_kl_continuous.py", *PPO, "--compile"],
-    "SB3 PPO": "PPO",
+    "SB3 PPO, 1 environment": ("PPO", 1),
+    "SB3 PPO, 8 environments": ("PPO", 8),
 }
-PAIRS = [
-    (ours, "sb3-contrib TRPO" if ours.startswith("trpo") else "SB3 PPO")
-    for ours, case in CASES.items()
-    if isinstance(case, list)
-]
+PEERS = [case for case, work in CASES.items() if isinstance(work, tuple)]
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Args:
     """A Python that has stable-baselines3 and sb3-contrib, where this one has not."""
 
 
-def run_peer(name: str, total_timesteps: int) -> None:
+def run_peer(name: str, num_envs: int, total_timesteps: int) -> None:
     """In the peer's own process: train, then print {steps per second, peak memory} as JSON."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
@@ -70,7 +69,7 @@ def run_peer(name: str, total_timesteps: int) -> None:
             self.times.append((self.num_timesteps, time.time()))
 
     torch.set_num_threads(1)
-    env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=8, seed=1))
+    env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=num_envs, seed=1))
     if name == "TRPO":
         from sb3_contrib import TRPO as Algorithm
 
@@ -79,7 +78,7 @@ def run_peer(name: str, total_timesteps: int) -> None:
         from stable_baselines3 import PPO as Algorithm
 
         own = {"batch_size": 64, "n_epochs": 10}
-    model, clock = Algorithm("MlpPolicy", env, n_steps=256, device="cpu", **own), Clock()
+    model, clock = Algorithm("MlpPolicy", env, n_steps=2048 // num_envs, device="cpu", **own), Clock()
     model.learn(total_timesteps, callback=clock)
     clock.times.append((model.num_timesteps, time.time()))
     (first, start), (last, end) = clock.times[1], clock.times[-1]
@@ -114,25 +113,27 @@ def main(args: Args) -> None:
             if isinstance(CASES[case], list):
                 result = run_ours(CASES[case], args.total_timesteps, environment)
             else:
-                command = [args.peer_python, __file__, "--run-peer", CASES[case], str(args.total_timesteps)]
+                command = [args.peer_python, __file__, "--run-peer", *map(str, CASES[case]), str(args.total_timesteps)]
                 output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
                 result = json.loads(output.splitlines()[-1])
             results[case].append(result)
             print(f"{case}: {result['speed']:.0f} steps/s, {result['memory']:.0f} MiB", flush=True)
-    print(
-        "\n| case | steps/s, median | peak MiB | ratio to the peer: median (least to most) |\n| --- | --- | --- | --- |"
-    )
+    peers = [peer for peer in PEERS if peer in results]
+    print("\n| case | steps/s | peak MiB | " + " | ".join(f"times {peer}" for peer in peers) + " |")
+    print("| --- | --- | --- |" + " --- |" * len(peers))
     for case, runs in results.items():
-        peer = dict(PAIRS).get(case)
-        ratios = [ours["speed"] / its["speed"] for ours, its in zip(runs, results.get(peer, []))]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-        speed = statistics.median(run["speed"] for run in runs)
-        print(f"| {case} | {speed:,.0f} | {max(run['memory'] for run in runs):.0f} | {ratio} |")
+        ratios = []
+        for peer in peers:
+            same = ("trpo" in case) == ("TRPO" in peer) and case not in PEERS
+            values = [ours["speed"] / its["speed"] for ours, its in zip(runs, results[peer])] if same else []
+            ratios.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "")
+        speed, memory = statistics.median(run["speed"] for run in runs), max(run["memory"] for run in runs)
+        print(f"| {case} | {speed:,.0f} | {memory:.0f} | " + " | ".join(ratios) + " |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run-peer"]:
-        run_peer(sys.argv[2], int(sys.argv[3]))
+        run_peer(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         import tyro
 
