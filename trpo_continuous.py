@@ -24,7 +24,7 @@ the set of policies whose mean KL divergence from the old one is at most `max_kl
   distance were measured between parameters instead of between policies.
 - Why conjugate gradient: H has as many rows as the policy has parameters. Conjugate gradient solves
   H x = g with nothing but products H v, each about as cheap as two gradients; H is never formed.
-- Why a line search: the linear and the quadratic model are only models. The step is halved or so until the
+- Why a line search: the linear and the quadratic model are only models. The step is shortened until the
   true surrogate rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG.
 
 Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.05477, whose equation
