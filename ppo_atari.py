@@ -176,8 +176,8 @@ class Agent(nn.Module):
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """[batch, 512] in float32 for obs [batch, 4, 84, 84], bytes."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
-            pixels = obs.to(torch.bfloat16 if self.bfloat16 else torch.float32, memory_format=torch.channels_last)
-            return self.trunk(pixels / 255.0).float()
+            pixels = obs.contiguous(memory_format=torch.channels_last)  # while they are bytes: the cheapest moment
+            return self.trunk(pixels.to(torch.bfloat16 if self.bfloat16 else torch.float32) / 255.0).float()
 
     def distribution(self, obs: torch.Tensor) -> Distribution:
         """π(·|obs): a categorical over the actions for each row of obs [batch, 4, 84, 84]."""
@@ -250,14 +250,21 @@ def squared_error(
 
 
 class Rollout(NamedTuple):
-    """What one iteration has seen, each [num_steps, num_envs, ...]."""
+    """What one iteration has seen, each [num_steps, num_envs, ...] except last_obs."""
 
     obs: torch.Tensor
     actions: torch.Tensor
+    log_probs: torch.Tensor  # of the actions, and
+    values: torch.Tensor  # V(obs), both by the old policy: actor and critic share the pass through the network
     rewards: torch.Tensor  # -1, 0 or 1
-    next_obs: torch.Tensor  # the true successor, also where an episode ended
     terminations: torch.Tensor  # a life or the game is lost
     dones: torch.Tensor  # terminated or truncated
+    last_obs: torch.Tensor  # [ends, 4, 84, 84], the true successors of the steps in `ends`
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """The steps whose successor is not the next step's obs: those that ended an episode, and the last ones."""
+        return torch.cat([self.dones[:-1], torch.ones_like(self.dones[-1:])])
 
 
 @torch.no_grad()
@@ -268,10 +275,11 @@ def collect(
 
     Returns (rollout, the observations to go on from, the finished games as (step, score, length)).
     """
-    device, steps, episodes = agent.actor.weight.device, [], []
-    for _ in range(num_steps):
-        action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
-        next_obs, reward, terminated, truncated, infos = envs.step(action)
+    device, steps, last_obs, episodes = agent.actor.weight.device, [], [], []
+    for t in range(num_steps):
+        distribution, value = agent.both(torch.as_tensor(obs, device=device))
+        action = distribution.sample()
+        next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         global_step += envs.num_envs
         successor, done = next_obs, terminated | truncated
         if done.any():  # where the game is over, next_obs is already the beginning of the next one
@@ -279,10 +287,12 @@ def collect(
             successor[done] = infos["final_obs"][done]
         for i in np.flatnonzero(infos["game_over"]):
             episodes.append((global_step, float(infos["score"][i]), int(infos["length"][i])))
-        steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
+        last_obs.append(successor if t == num_steps - 1 else successor[done])
+        log_prob = distribution.log_prob(action)
+        steps.append((obs, action, log_prob, value, reward.astype(np.float32), terminated, done))
         obs = next_obs
-    rollout = Rollout(*(torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)))
-    return rollout, obs, episodes
+    columns = (torch.stack([torch.as_tensor(x) for x in column]).to(device) for column in zip(*steps))
+    return Rollout(*columns, torch.as_tensor(np.concatenate(last_obs), device=device)), obs, episodes
 
 
 @torch.no_grad()
@@ -291,10 +301,8 @@ def estimate_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, returns) of the rollout, each [num_steps * num_envs], given the values of its observations."""
     values = values.view_as(rollout.rewards)
-    # What step t led to is what step t + 1 started from, except after the last step and where an episode ended.
-    next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1])[None]])
-    if rollout.dones.any():
-        next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
+    next_values = values.roll(-1, dims=0)  # what step t led to is what step t + 1 started from, except at the ends
+    next_values[rollout.ends] = agent.value(rollout.last_obs)
     advantages, returns = compute_gae(
         rollout.rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
@@ -330,13 +338,12 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
 
     `gradient` is `loss_gradient` or its compiled form. Returns the scalars for the log, taken over the
-    whole batch after the last step.
+    last minibatch after its own step.
     """
-    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
+    obs = rollout.obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # while they are bytes
+    actions = rollout.actions.flatten(0, 1)
     parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
-    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at exactly 1
-        distribution, old_values = agent.both(obs)
-        old_log_probs = distribution.log_prob(actions)
+    old_log_probs, old_values = rollout.log_probs.flatten(), rollout.values.flatten()
     advantages, returns = estimate_advantages(agent, rollout, old_values, args)
     explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)
 
@@ -353,6 +360,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
             break
 
     with torch.no_grad():
+        obs, actions, old_log_probs, advantages, returns, old_values = minibatch
         distribution, values = agent.both(obs)
         log_ratio = distribution.log_prob(actions) - old_log_probs
         ratio = log_ratio.exp()

@@ -23,14 +23,10 @@ class Scripted(ppo_atari.Agent):
         super().__init__(envs.single_observation_space, envs.single_action_space)
         self.script = iter(script)
 
-    def distribution(self, obs):
-        action = torch.as_tensor(next(self.script))
-
-        class Fixed:
-            def sample(self):
-                return action
-
-        return Fixed()
+    def both(self, obs):
+        distribution, values = super().both(obs)
+        distribution.sample = lambda: torch.as_tensor(next(self.script))
+        return distribution, values
 
 
 def test_lives_and_games_are_told_apart_and_the_score_is_the_emulators():
@@ -91,10 +87,26 @@ def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
     first = obs.copy()
     rollout, last, _ = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
     assert rollout.obs.dtype == torch.uint8 and rollout.obs[0].equal(torch.as_tensor(first))
-    assert rollout.next_obs[-1][~rollout.dones[-1]].equal(torch.as_tensor(last)[~rollout.dones[-1]])
-    going_on = ~rollout.dones[:-1]
-    assert rollout.next_obs[:-1][going_on].equal(rollout.obs[1:][going_on])
+    ended = int(rollout.dones[:-1].sum())
+    assert ended > 0 and len(rollout.last_obs) == ended + args.num_envs == int(rollout.ends.sum())
+    going_on = ~rollout.dones[-1]
+    assert rollout.last_obs[ended:][going_on].equal(torch.as_tensor(last)[going_on])
     assert len({row.numpy().tobytes() for row in rollout.obs[:, 0]}) > steps / 2  # each step its own frames
+
+
+def test_next_values_come_from_the_true_successors():
+    """With advantages of one step (lambda 0) every target is r + gamma V(successor), game over or not."""
+    args = small(env_id="ALE/Breakout-v5", gae_lambda=0.0, normalize_advantages=False)
+    steps, envs = 400, ppo_atari.make_envs(args)
+    script = np.random.default_rng(0).integers(0, 4, (steps, args.num_envs))
+    obs, _ = envs.reset(seed=5)
+    agent = Scripted(envs, script)
+    rollout, _, episodes = ppo_atari.collect(envs, agent, obs, steps, 0)
+    _, returns = ppo_atari.estimate_advantages(agent, rollout, rollout.values.flatten(), args)
+    next_values = torch.cat([rollout.values[1:], agent.value(rollout.last_obs[-args.num_envs :])[None]])
+    expected = rollout.rewards + args.gamma * next_values * ~rollout.terminations
+    assert episodes and rollout.terminations.any()
+    torch.testing.assert_close(returns.view_as(expected), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_training_and_evaluation_see_the_same_pixels():
