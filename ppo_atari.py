@@ -330,8 +330,8 @@ def loss_gradient(
     value_loss = squared_error(values, old_values, returns, args.value_clip).mean()
     loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
     gradients = torch.autograd.grad(loss, parameters)
-    clip = (args.max_grad_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    return [gradient * clip for gradient in gradients]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    return torch._foreach_mul(gradients, (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient) -> dict[str, float]:

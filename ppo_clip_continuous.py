@@ -52,7 +52,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -73,6 +73,8 @@ class Args:
     """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
     num_steps: int = 256
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Step the environments one after the other, or each in a process of its own: pays where steps are costly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
     num_threads: int = 1
@@ -360,10 +362,12 @@ def loss_gradient(
     ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
     objective = clipped_surrogate(ratio, advantages, args.clip_coef).mean()  # eq. 7
     value_loss = squared_error(agent.value(obs), old_values, returns, args.value_clip).mean()
-    loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
+    loss = -objective + args.value_coef * value_loss
+    if args.entropy_coef > 0.0:
+        loss = loss - args.entropy_coef * distribution.entropy().mean()
     gradients = torch.autograd.grad(loss, parameters)
-    clip = (args.max_grad_norm / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    return [gradient * clip for gradient in gradients]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    return torch._foreach_mul(gradients, (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def update(
@@ -481,7 +485,12 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
-    envs = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is for the script alone
+    try:
+        envs = vector_env([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 

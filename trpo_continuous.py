@@ -59,7 +59,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -81,6 +81,8 @@ class Args:
     """Environments stepped side by side. [OpenAI Baselines: MPI workers]"""
     num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [Tianshou: 1024 in all]"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Step the environments one after the other, or each in a process of its own: pays where steps are costly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
     num_threads: int = 1
@@ -642,7 +644,12 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
-    envs = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is for the script alone
+    try:
+        envs = vector_env([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 

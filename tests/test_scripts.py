@@ -66,7 +66,8 @@ def batch(script):
 
 def start(name, *arguments, cwd):
     command = [sys.executable, str(ROOT / f"{name}_continuous.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
 
 
 def run(name, *arguments, cwd, status=0):
@@ -140,15 +141,39 @@ def test_the_same_seed_gives_the_same_scalars_and_another_seed_others(script, tm
     assert a == b and a != c
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_resumes(signal_number, tmp_path):
-    batch = 2048
-    process = start("ppo_clip", "--env-id", "Pendulum-v1", "--run-dir", "a", "--checkpoint-interval", 2, cwd=tmp_path)
+def test_processes_collect_what_a_loop_collects(script):
+    """The same seeds give the same rollout, bit for bit, whichever way the environments are stepped."""
+    rollouts = []
+    for vectorization in ("sync", "async"):
+        args = script.Args(env_id="Hopper-v5", num_envs=2, vectorization=vectorization)
+        envs = script.make_envs(args)
+        torch.manual_seed(3)
+        agent = script.Agent(envs.single_observation_space, envs.single_action_space)
+        obs, _ = envs.reset(seed=4)
+        rollouts.append(script.collect(envs, agent, obs, 60, 0))
+        envs.close()
+    (loop, loop_obs, loop_episodes), (processes, processes_obs, processes_episodes) = rollouts
+    assert all(x.equal(y) for x, y in zip(loop, processes)) and (loop_obs == processes_obs).all()
+    assert loop_episodes == processes_episodes and len(loop_episodes) > 2
+
+
+@pytest.mark.parametrize(
+    "signal_number, vectorization", [(signal.SIGKILL, "sync"), (signal.SIGTERM, "async"), (signal.SIGINT, "async")]
+)
+def test_a_stopped_run_resumes(signal_number, vectorization, tmp_path):
+    batch = 256
+    size = ["--num-envs", 2, "--num-steps", 128, "--num-minibatches", 4, "--vectorization", vectorization]
+    process = start(
+        "ppo_clip", "--env-id", "Pendulum-v1", "--run-dir", "a", "--checkpoint-interval", 2, *size, cwd=tmp_path
+    )
     events = lambda: [path for path in (tmp_path / "a").glob("events*") if path.stat().st_size > 5000]  # noqa: E731
     deadline = time.monotonic() + 60
     while not events() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal_number)
+    if signal_number == signal.SIGINT:  # as Ctrl-C does: to the script and to all its processes
+        os.killpg(process.pid, signal_number)
+    else:
+        process.send_signal(signal_number)
     out, err = process.communicate(timeout=60)
     step = ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"]
     assert step > 0 and step % batch == 0
