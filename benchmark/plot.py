@@ -80,8 +80,63 @@ def seeds_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {ROOT / "README.md": results_table, ROOT / "benchmark" / "README.md": seeds_table}
-MARKED = re.compile(r"(?<=<!-- table -->\n\n).*?\n(?=\n<!-- end of table -->)", re.S)
+def measured(section: str) -> dict[str, dict[str, list[float]]]:
+    """{case: {quantity: its value in each repetition}} of results/speed_<section>.csv, made by speed.py."""
+    values = defaultdict(lambda: defaultdict(list))
+    path = RESULTS / f"speed_{section}.csv"
+    if path.exists():
+        with path.open() as f:
+            for row in csv.DictReader(f):
+                values[row["case"]][row["quantity"]].append(float(row["value"]))
+    return values
+
+
+def speed_table(section: str) -> str:
+    """Medians over the repetitions, and the ratio to each peer of the same kind with its smallest and largest value."""
+    cases = measured(section)
+    peers = [case for case in cases if case.startswith(("SB3", "sb3"))]
+    lines = [
+        "| case | steps/s | start-up, s | peak MiB |" + "".join(f" times {peer} |" for peer in peers),
+        "| --- | --- | --- | --- |" + " --- |" * len(peers),
+    ]
+    for case, values in cases.items():
+        line = f"| {case} | {np.median(values['steps_per_second']):,.0f} | {np.median(values['startup_s']):.1f} "
+        line += f"| {max(values['peak_mib']):.0f} |"
+        for peer in peers:
+            ratios = np.array(values["steps_per_second"]) / np.array(cases[peer]["steps_per_second"])
+            same = case not in peers and ("trpo" in case) == ("TRPO" in peer)
+            line += f" {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |" if same else " |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def time_table() -> str:
+    """Microseconds a step of each part of a run, medians of the repetitions; in brackets the least it can take."""
+    cases = measured("time")
+    parts = ["environment", "network", "optimizer", "advantages", "statistics", "log", "rest", "total"]
+    lines = ["| µs a step | " + " | ".join(parts) + " | neither environment, network nor optimizer |"]
+    lines.append("| --- |" + " --- |" * (len(parts) + 1))
+    for case, values in cases.items():
+        median = {part: np.median(values[part]) for part in values}
+        bound = {part: f" (at least {median[b]:.1f})" if (b := f"bound: {part}") in median else "" for part in parts}
+        cells = [f"{median[part]:.1f}{bound[part]}" for part in parts]
+        other = 1.0 - sum(median[part] for part in parts[:3]) / median["total"]
+        lines.append(f"| {case} | " + " | ".join(cells) + f" | {other:.0%} |")
+    return "\n".join(lines)
+
+
+TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
+    (ROOT / "README.md", "results"): results_table,
+    (ROOT / "benchmark" / "README.md", "runs"): seeds_table,
+    (ROOT / "benchmark" / "README.md", "speed"): lambda: speed_table("peers"),
+    (ROOT / "benchmark" / "README.md", "speed of Atari"): lambda: speed_table("atari"),
+    (ROOT / "benchmark" / "README.md", "time"): time_table,
+    (ROOT / "benchmark" / "README.md", "scaling"): lambda: speed_table("scaling"),
+}
+
+
+def marked(marker: str) -> re.Pattern:
+    return re.compile(rf"(?<=<!-- {marker} -->\n\n).*?\n(?=\n<!-- end of {marker} -->)", re.S)
 
 
 def curve(algorithm: str, env_id: str, seed: str, steps: np.ndarray) -> np.ndarray:
@@ -132,6 +187,6 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    for path, table in TABLES.items():
-        path.write_text(MARKED.sub(lambda _: table() + "\n", path.read_text()))  # noqa: B023
+    for (path, marker), table in TABLES.items():
+        path.write_text(marked(marker).sub(lambda _: table() + "\n", path.read_text()))  # noqa: B023
     draw()

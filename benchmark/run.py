@@ -30,6 +30,9 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "trpo": ["trpo_continuous.py"],
     "npg": ["trpo_continuous.py", "--no-line-search"],
     "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef"],
+    "sb3_ppo": ["benchmark/peers.py", "--algorithm", "ppo"],
+    "sb3_trpo": ["benchmark/peers.py", "--algorithm", "trpo"],
+    "random": ["benchmark/peers.py", "--algorithm", "random"],
 }
 
 
@@ -76,7 +79,8 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
         return f"{algorithm} {name}: already there"
     script, *own = ALGORITHMS[algorithm]
     arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
-    arguments += ["--compile"] if args.compile else []
+    ours = not script.startswith("benchmark")
+    arguments += ["--compile"] if args.compile and ours else []
     repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
     where = ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
     start = time.perf_counter()
@@ -89,6 +93,7 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
         return f"{algorithm} {name}: FAILED with status {process.returncode}: {process.stderr.splitlines()[-1]}"
     evaluation = re.search(r"evaluation: (\S+) ± (\S+) over", process.stdout)
     episodes = episodes_of(run_dir)
+    packages = ["torch", "gymnasium", "mujoco", "numpy", *([] if ours else ["stable-baselines3", "sb3-contrib"])]
     last = [value for _, value in episodes[-100:]]
     row = {
         "algorithm": algorithm,
@@ -100,7 +105,7 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
         "evaluation_std": evaluation[2],
         "steps_per_second": round(args.total_timesteps / seconds) if where[0] == "--run-dir" else "",
         "command": " ".join(repeat),
-        "versions": " ".join(f"{p} {version(p)}" for p in ("torch", "gymnasium", "mujoco", "numpy")),
+        "versions": " ".join(f"{p} {version(p)}" for p in packages),
         "python": platform.python_version(),
         "processor": processor(),
     }

@@ -1,66 +1,103 @@
-"""Steps per second of our scripts and of the peers on the same work, alternating in one run, one thread each.
+"""Steps per second of our scripts and of the peers on the same work, alternating in one run.
 
-    python benchmark/speed.py --peer-python PATH/TO/A/PYTHON/WITH/SB3
+    python benchmark/speed.py peers --peer-python PATH/TO/A/PYTHON/WITH/SB3    # HalfCheetah-v5, one thread each
+    python benchmark/speed.py atari --peer-python PATH/TO/A/PYTHON/WITH/SB3    # Pong, all cores
+    python benchmark/speed.py scaling                                          # environments, width, batch, cores
+    python benchmark/speed.py time                                             # where the time goes
 
-HalfCheetah-v5, 2,048 steps an iteration, 10 epochs, equal minibatches, equal networks; ours with 8 environments, the
-peers with the 1 that is their default and with 8. The speed is taken from the end of the first iteration to the end
-of the last, so that start-up and compilation do not count; peak memory is the process's own. Ratios are formed
-within each repetition, as machines drift.
+A speed is taken from the end of the first iteration to the end of the last, so that start-up and compilation do not
+count; start-up is from the start of the process to the end of the first iteration; peak memory is the process's own.
+Ratios are formed within each repetition, as machines drift. What was measured goes to results/speed_<section>.csv,
+from which `plot.py` makes the tables of benchmark/README.md.
 """
 
+import csv
+import importlib
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parent.parent
-COMMON = ["--num-envs", "8", "--num-steps", "256", "--eval-episodes", "1", "--gae-lambda", "0.95"]
+RESULTS = ROOT / "benchmark" / "results"
+COMMON = ["--num-envs", "8", "--num-steps", "256", "--gae-lambda", "0.95", "--eval-episodes", "1"]
 TRPO = ["trpo_continuous.py", *COMMON, "--critic-epochs", "10", "--num-minibatches", "16", "--cg-iterations", "15"]
-PPO = [*COMMON, "--num-epochs", "10", "--num-minibatches", "32", "--no-recompute-advantages"]
-CASES = {
-    "trpo": TRPO,
-    "trpo --compile": [*TRPO, "--compile"],
-    "sb3-contrib TRPO, 1 environment": ("TRPO", 1),
-    "sb3-contrib TRPO, 8 environments": ("TRPO", 8),
-    "ppo_clip": ["ppo_clip_continuous.py", *PPO],
-    "ppo_clip --compile": ["ppo_clip_continuous.py", *PPO, "--compile"],
-    "ppo_kl": ["ppo_kl_continuous.py", *PPO],
-    "ppo_kl --compile": ["ppo_kl_continuous.py", *PPO, "--compile"],
-    "SB3 PPO, 1 environment": ("PPO", 1),
-    "SB3 PPO, 8 environments": ("PPO", 8),
-}
-PEERS = [case for case, work in CASES.items() if isinstance(work, tuple)]
+CLIP, KL = (
+    [script, *COMMON, "--num-epochs", "10", "--num-minibatches", "32", "--no-recompute-advantages"]
+    for script in ("ppo_clip_continuous.py", "ppo_kl_continuous.py")
+)
+ATARI = ["ppo_atari.py", "--env-id", "ALE/Pong-v5", "--eval-episodes", "1"]
+HUMANOID = ["ppo_clip_continuous.py", "--env-id", "Humanoid-v5", "--eval-episodes", "1"]
+ONE_CORE = ["taskset", "-c", "0"]
+# What each section times: one of our command lines, or (algorithm, environments) for a peer.
+SECTIONS = {
+    "peers": {
+        "trpo": TRPO,
+        "trpo --compile": [*TRPO, "--compile"],
+        "sb3-contrib TRPO, 1 environment": ("TRPO", 1),
+        "sb3-contrib TRPO, 8 environments": ("TRPO", 8),
+        "ppo_clip": CLIP,
+        "ppo_clip --compile": [*CLIP, "--compile"],
+        "ppo_kl": KL,
+        "ppo_kl --compile": [*KL, "--compile"],
+        "SB3 PPO, 1 environment": ("PPO", 1),
+        "SB3 PPO, 8 environments": ("PPO", 8),
+    },
+    "atari": {
+        "ppo_atari": ATARI,
+        "ppo_atari --compile": [*ATARI, "--compile"],
+        "ppo_atari --no-bfloat16": [*ATARI, "--no-bfloat16"],
+        "SB3 PPO CnnPolicy": ("atari", 8),
+    },
+    "scaling": {
+        **{f"ppo_clip, {n} environments": [*CLIP, "--num-envs", f"{n}", "--num-steps", f"{2048 // n}"]
+           for n in (1, 2, 4, 8, 16, 32, 64)},
+        **{f"ppo_clip, width {n}": [*CLIP, "--hidden-size", f"{n}"] for n in (64, 128, 256, 512, 1024)},
+        **{f"ppo_clip, batch {8 * n}": [*CLIP, "--num-steps", f"{n}"] for n in (64, 128, 256, 512, 1024)},
+        "trpo, width 64": TRPO,
+        "trpo, width 256": [*TRPO, "--hidden-size", "256"],
+        "Humanoid, sync, one core": [*ONE_CORE, *HUMANOID],
+        "Humanoid, async, one core": [*ONE_CORE, *HUMANOID, "--vectorization", "async"],
+        "Humanoid, sync, all cores": HUMANOID,
+        "Humanoid, async, all cores": [*HUMANOID, "--vectorization", "async"],
+    },
+    "time": {case: case for case in ("trpo", "trpo --compile", "ppo_clip", "ppo_clip --compile", "ppo_kl --compile")},
+}  # fmt: skip
+STEPS = {"peers": 61_440, "atari": 20_480, "scaling": 40_960, "time": 61_440}
 
 
 @dataclass
 class Args:
-    cases: tuple[str, ...] = tuple(CASES)
-    """Which of CASES to time."""
+    section: Literal["peers", "atari", "scaling", "time"]
+    """What to measure."""
+    cases: tuple[str, ...] = ()
+    """Only the cases whose name contains one of these."""
     repeats: int = 3
     """Times that every case runs, in turn with the others."""
-    total_timesteps: int = 61_440
-    """Environment steps of each run."""
     peer_python: str = sys.executable
     """A Python that has stable-baselines3 and sb3-contrib, where this one has not."""
 
 
-def run_peer(name: str, num_envs: int, total_timesteps: int) -> None:
-    """In the peer's own process: train, then print {steps per second, peak memory} as JSON."""
+# What follows runs in a process of its own for every case.
+
+
+def run_peer(name: str, num_envs: int, total_timesteps: int) -> dict[str, float]:
+    """Train a peer's algorithm in this process; its speed, memory and the time of day when its first update ended."""
     import torch
+    from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     class Clock(BaseCallback):
-        def __init__(self):
-            super().__init__()
-            self.times = []
+        times = []
 
         def _on_step(self):
             return True
@@ -68,73 +105,202 @@ def run_peer(name: str, num_envs: int, total_timesteps: int) -> None:
         def _on_rollout_start(self):
             self.times.append((self.num_timesteps, time.time()))
 
-    torch.set_num_threads(1)
-    env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=num_envs, seed=1))
-    if name == "TRPO":
-        from sb3_contrib import TRPO as Algorithm
+    if name == "atari":
+        import ale_py
+        import gymnasium
 
-        own = {"batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15}
+        gymnasium.register_envs(ale_py)
+        torch.set_num_threads(os.cpu_count())
+        env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=num_envs, seed=1), 4)
+        own = {"n_steps": 128, "n_epochs": 4, "batch_size": 256, "clip_range": 0.1, "ent_coef": 0.01}
+        model = PPO("CnnPolicy", env, device="cpu", learning_rate=2.5e-4, **own)
     else:
-        from stable_baselines3 import PPO as Algorithm
+        torch.set_num_threads(1)
+        env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=num_envs, seed=1))
+        if name == "TRPO":
+            from sb3_contrib import TRPO as Algorithm
 
-        own = {"batch_size": 64, "n_epochs": 10}
-    model, clock = Algorithm("MlpPolicy", env, n_steps=2048 // num_envs, device="cpu", **own), Clock()
+            own = {"batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15}
+        else:
+            Algorithm, own = PPO, {"batch_size": 64, "n_epochs": 10}
+        model = Algorithm("MlpPolicy", env, n_steps=2048 // num_envs, device="cpu", **own)
+    clock = Clock()
     model.learn(total_timesteps, callback=clock)
     clock.times.append((model.num_timesteps, time.time()))
     (first, start), (last, end) = clock.times[1], clock.times[-1]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"speed": (last - first) / (end - start), "memory": memory}))
+    return {"steps_per_second": (last - first) / (end - start), "peak_mib": memory, "first_update": start}
 
 
-def run_ours(arguments: list[str], total_timesteps: int, environment: dict[str, str]) -> dict[str, float]:
+def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
+    """Train our script in this process with a clock on its parts; microseconds a step for each, and the lower bound."""
+    import torch
+    from gymnasium.vector import SyncVectorEnv
+    from torch.distributions import Independent
+
+    name = case.split()[0]
+    sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(f"{name}_continuous")
+    spent, running = defaultdict(float), []
+
+    def timed(part, function):
+        def wrapped(*args, **options):
+            if running:  # a part of a part counts as the outer one
+                return function(*args, **options)
+            running.append(part)
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                spent[part] += time.perf_counter() - start
+                running.pop()
+
+        return wrapped
+
+    SyncVectorEnv.step = timed("environment", SyncVectorEnv.step)
+    script.Agent.distribution = timed("network", script.Agent.distribution)
+    script.Agent.value = timed("network", script.Agent.value)
+    Independent.sample = timed("network", Independent.sample)
+    Independent.log_prob = timed("network", Independent.log_prob)
+    torch.optim.Adam.step = timed("optimizer", torch.optim.Adam.step)
+    script.compute_gae = timed("advantages", script.compute_gae)
+    script.RunningMeanStd.update = timed("statistics", script.RunningMeanStd.update)
+    script.RewardScaler.forward = timed("statistics", script.RewardScaler.forward)
+    if name == "trpo":
+        script.update_policy = timed("network", script.update_policy)
+    gradient_name, compiler = "critic_gradient" if name == "trpo" else "loss_gradient", torch.compile
+    torch.compile = lambda function: timed("network", compiler(function))
+    if "--compile" not in case:
+        setattr(script, gradient_name, timed("network", getattr(script, gradient_name)))
+    log, marks = script.Run.log, []
+
+    def first_and_last(run, *args):
+        log(run, *args)
+        if not marks:
+            spent.clear()
+        marks.append((run.global_step, time.perf_counter()))
+
+    script.Run.log = timed("log", first_and_last)
+    with tempfile.TemporaryDirectory() as folder:
+        script.main([*dict(trpo=TRPO, ppo_clip=CLIP, ppo_kl=KL)[name][1:], "--total-timesteps", str(total_timesteps),
+                     "--run-dir", folder, *case.split()[1:]])  # fmt: skip
+    (first, start), (last, end) = marks[0], marks[-1]
+    result = {part: 1e6 * seconds / (last - first) for part, seconds in spent.items()}
+    total = 1e6 * (end - start) / (last - first)
+    result = {"total": total, **result, "rest": total - sum(result.values())}
+    return {**result, **lower_bound(name, script)}
+
+
+def lower_bound(name: str, script) -> dict[str, float]:
+    """Microseconds a step of what no program can leave out: MuJoCo with the task's own Python around it, and the matrix
+    products and activations of the rollout and of the minibatch gradients alone, in memory that is already there."""
+    import torch
+
+    def clock(function, repeats):
+        for _ in range(repeats // 10):
+            function()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return 1e6 * (time.perf_counter() - start) / repeats
+
+    env = script.make_env("HalfCheetah-v5").unwrapped
+    env.reset(seed=1)
+    action = env.action_space.sample()
+
+    def products(batch, last, backward):
+        """A function that does the work of one network of 17, 64, 64, last units."""
+        sizes = [17, 64, 64, last]
+        x = [torch.randn(batch, n) for n in sizes]
+        weights = [torch.randn(m, n) for m, n in zip(sizes, sizes[1:])]
+        grads = [torch.empty_like(w) for w in weights]
+
+        def work():
+            for i, w in enumerate(weights):
+                torch.mm(x[i], w, out=x[i + 1])
+                if i < 2:
+                    torch.tanh(x[i + 1], out=x[i + 1])
+            for i in reversed(range(3)) if backward else ():
+                torch.mm(x[i].t(), x[i + 1], out=grads[i])
+                if i:
+                    torch.mm(x[i + 1], weights[i].t(), out=x[i])
+
+        return work
+
+    rollout = clock(products(8, 6, False), 2000) / 8
+    if name == "trpo":  # the critic: 10 epochs of 16 minibatches of 128; the policy: 17 products with H, each 2 passes
+        gradients = clock(products(128, 1, True), 1000) * 160 / 2048 + clock(products(2048, 6, True), 50) * 18 / 2048
+    else:  # 10 epochs of 32 minibatches of 64
+        gradients = (clock(products(64, 1, True), 1000) + clock(products(64, 6, True), 1000)) * 320 / 2048
+    bound = {"bound: environment": clock(lambda: env.step(action), 5000), "bound: network": rollout + gradients}
+    return bound
+
+
+# What follows runs the cases in turn.
+
+
+def run_ours(command: list[str], total_timesteps: int, environment: dict[str, str]) -> dict[str, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    script, *own = arguments
+    script = next(i for i, word in enumerate(command) if word.endswith(".py"))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / script), *own, "--total-timesteps", str(total_timesteps)]
-        process = subprocess.Popen(
-            [*command, "--run-dir", folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command = [*command[:script], sys.executable, str(ROOT / command[script]), *command[script + 1 :]]
+        command += ["--total-timesteps", str(total_timesteps), "--run-dir", folder]
+        started = time.time()
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise RuntimeError(f"{' '.join(command)} ended with status {status}")
         events = EventAccumulator(folder)
         events.Reload()
-        scalars = events.Scalars("charts/SPS")
-    seconds = scalars[-1].wall_time - scalars[0].wall_time
-    return {"speed": (scalars[-1].step - scalars[0].step) / seconds, "memory": usage.ru_maxrss / 1024}
+        first, *_, last = events.Scalars("charts/SPS")
+    speed = (last.step - first.step) / (last.wall_time - first.wall_time)
+    return {"steps_per_second": speed, "peak_mib": usage.ru_maxrss / 1024, "startup_s": first.wall_time - started}
 
 
 def main(args: Args) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    results: dict[str, list[dict[str, float]]] = {case: [] for case in args.cases}
-    for _ in range(args.repeats):
-        for case in args.cases:
-            if isinstance(CASES[case], list):
-                result = run_ours(CASES[case], args.total_timesteps, environment)
+    environment = dict(os.environ)
+    if args.section != "atari":
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    cases = SECTIONS[args.section]
+    cases = {case: cases[case] for case in cases if not args.cases or any(part in case for part in args.cases)}
+    path = RESULTS / f"speed_{args.section}.csv"
+    rows = []
+    for repeat in range(args.repeats):
+        for case, work in cases.items():
+            if isinstance(work, list):
+                result = run_ours(work, STEPS[args.section], environment)
             else:
-                command = [args.peer_python, __file__, "--run-peer", *map(str, CASES[case]), str(args.total_timesteps)]
-                output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-                result = json.loads(output.splitlines()[-1])
-            results[case].append(result)
-            print(f"{case}: {result['speed']:.0f} steps/s, {result['memory']:.0f} MiB", flush=True)
-    peers = [peer for peer in PEERS if peer in results]
-    print("\n| case | steps/s | peak MiB | " + " | ".join(f"times {peer}" for peer in peers) + " |")
-    print("| --- | --- | --- |" + " --- |" * len(peers))
-    for case, runs in results.items():
-        ratios = []
-        for peer in peers:
-            same = ("trpo" in case) == ("TRPO" in peer) and case not in PEERS
-            values = [ours["speed"] / its["speed"] for ours, its in zip(runs, results[peer])] if same else []
-            ratios.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "")
-        speed, memory = statistics.median(run["speed"] for run in runs), max(run["memory"] for run in runs)
-        print(f"| {case} | {speed:,.0f} | {memory:.0f} | " + " | ".join(ratios) + " |")
+                python = sys.executable if args.section == "time" else args.peer_python
+                words = [case] if args.section == "time" else [work[0], str(work[1])]
+                command = [python, __file__, "--one-case", *words, str(STEPS[args.section])]
+                started = time.time()
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
+                result = json.loads(done.stdout.splitlines()[-1])
+                if "first_update" in result:
+                    result["startup_s"] = result.pop("first_update") - started
+            rows += [(case, repeat, name, round(value, 3)) for name, value in result.items()]
+            print(f"{case}: " + ", ".join(f"{name} {value:,.1f}" for name, value in result.items()), flush=True)
+    old = []
+    if path.exists():  # cases that were not asked for this time stay
+        with path.open() as file:
+            old = [tuple(row.values()) for row in csv.DictReader(file) if row["case"] not in cases]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "repeat", "quantity", "value"])
+        writer.writerows(old + rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run-peer"]:
-        run_peer(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    if sys.argv[1:2] == ["--one-case"]:
+        *words, steps = sys.argv[2:]
+        if len(words) == 1:
+            print(json.dumps(run_timed(words[0], int(steps))))
+        else:
+            print(json.dumps(run_peer(words[0], int(words[1]), int(steps))))
     else:
         import tyro
 
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,)))
