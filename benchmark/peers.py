@@ -1,4 +1,4 @@
-"""The peers on our tasks: PPO of stable-baselines3, TRPO of sb3-contrib, a random policy, each logged as our scripts are.
+"""The peers on our tasks: PPO of stable-baselines3, TRPO of sb3-contrib, a random policy, logged as our scripts are.
 
     python benchmark/peers.py --algorithm trpo --env-id Hopper-v5 --seed 1
 
