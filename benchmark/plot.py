@@ -20,16 +20,31 @@ NAMES = {
     "ppo_kl": "PPO, adaptive KL",
     "trpo": "TRPO",
     "npg": "NPG",
-    "ppo_none": "no clip, no penalty",
 }
-COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7", "ppo_none": "#888888"}
-# The best published figure with one setting for all tasks, 1M steps; whose it is stands beside the table.
+OTHERS = {
+    "ppo_none": "no clip, no penalty",
+    "sb3_ppo": "stable-baselines3 PPO",
+    "sb3_trpo": "sb3-contrib TRPO",
+    "random": "random policy",
+}
+COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
+# The best published figure with one setting for all tasks, 1M steps, of PPO, its KL penalty, TRPO and NPG; whose it is
+# stands in the README. Published for Ant are v3 and v4, which do not observe contact forces.
 PUBLISHED = {
-    ("ppo_clip", "HalfCheetah-v5"): 5784, ("ppo_clip", "Hopper-v5"): 2609, ("ppo_clip", "Walker2d-v5"): 3717,
-    ("ppo_kl", "HalfCheetah-v5"): 2207, ("ppo_kl", "Hopper-v5"): 2236, ("ppo_kl", "Walker2d-v5"): 3639,
-    ("trpo", "HalfCheetah-v5"): 4471, ("trpo", "Hopper-v5"): 2046, ("trpo", "Walker2d-v5"): 3827,
-    ("npg", "HalfCheetah-v5"): 3485, ("npg", "Hopper-v5"): 1915, ("npg", "Walker2d-v5"): 2503,
-}  # fmt: skip
+    env_id: dict(zip(NAMES, figures))
+    for env_id, figures in {
+        "HalfCheetah-v5": (5784, 2207, 4471, 3485),
+        "Hopper-v5": (2609, 2236, 2046, 1915),
+        "Walker2d-v5": (3717, 3639, 3827, 2503),
+        "Ant-v4": (3258, 159, 2867, 2358),
+        "Humanoid-v5": (787, 553, 810, 765),
+        "Swimmer-v5": (111, None, 95, 32),
+        "Reacher-v5": (-4.1, None, -4.8, -4.5),
+        "InvertedPendulum-v5": (1000, None, 1000, 1000),
+        "InvertedDoublePendulum-v5": (9231, None, 8435, 9243),
+    }.items()
+}
+ORDER = [*PUBLISHED, "Ant-v5"]
 
 
 def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -41,26 +56,102 @@ def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
     return rows
 
 
-def cell(rows: list[dict[str, str]], column: str) -> str:
-    values = np.array([float(row[column]) for row in rows])
-    digits = 0 if np.abs(values).max() >= 100 else 1
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=min(1, len(values) - 1)):.{digits}f}"
+def numbers(rows: list[dict[str, str]], column: str = "train_last_100") -> np.ndarray:
+    return np.array([float(row[column]) for row in rows])
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def mean_of_tasks(*tasks: np.ndarray) -> float:
+    """Mean over all the runs of several tasks, each an array with one score a run."""
+    return float(np.concatenate(tasks).mean())
+
+
+def interquartile_mean(*tasks: np.ndarray) -> float:
+    """Mean of the middle half of all the runs of several tasks (Agarwal et al. 2021)."""
+    runs = np.sort(np.concatenate(tasks))
+    cut = len(runs) // 4
+    return float(runs[cut : len(runs) - cut].mean())
+
+
+def interval(tasks: list[np.ndarray], statistic) -> tuple[float, float]:
+    """95% percentile bootstrap interval; the runs of each task are drawn among themselves."""
+    rng = np.random.default_rng(0)  # in numpy, as the tests that compare tables with data do without scipy
+    draws = [statistic(*(rng.choice(runs, len(runs)) for runs in tasks)) for _ in range(2000)]
+    return tuple(np.percentile(draws, [2.5, 97.5]))
 
 
 def results_table() -> str:
-    """One row an algorithm, one column an environment: the last 100 training episodes, mean ± std over seeds."""
-    rows = summary()
-    env_ids = sorted({env_id for _, env_id in rows})
-    lines = ["| | " + " | ".join(env_ids) + " |", "| --- |" + " --- |" * len(env_ids)]
-    for algorithm, name in NAMES.items():
+    """One row a task: the last 100 training episodes, mean over seeds with its interval, beside the best published."""
+    rows, ahead = summary(), {algorithm: [0, 0] for algorithm in NAMES}
+    lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
+    for env_id in ORDER:
         cells = []
-        for env_id in env_ids:
+        for algorithm in NAMES:
             runs = rows.get((algorithm, env_id), [])
-            best = PUBLISHED.get((algorithm, env_id))
-            text = f"{cell(runs, 'train_last_100')}, {len(runs)} seeds" if runs else ""
-            cells.append(text + (f" (published: {best})" if best and runs else ""))
+            best = PUBLISHED.get(env_id, {}).get(algorithm)
+            if not runs:
+                cells.append("")
+                continue
+            values = numbers(runs)
+            low, high = interval([values], mean_of_tasks)
+            cell = f"**{short(values.mean())}** ({short(low)} to {short(high)})"
+            if best is not None:
+                verdict = "ahead of" if low > best else "behind" if high < best else "level with"
+                ahead[algorithm][0] += verdict != "behind"
+                ahead[algorithm][1] += 1
+                cell += f", {verdict} {short(best)}"
+            cells.append(cell)
         if any(cells):
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    lines.append("| ahead or level | " + " | ".join(f"{good} of {total}" for good, total in ahead.values()) + " |")
+    return "\n".join(lines)
+
+
+def aggregate_table() -> str:
+    """Interquartile mean over tasks and seeds; 0 is a random policy, 1 the best published of all algorithms."""
+    rows = summary()
+    env_ids = [env_id for env_id in PUBLISHED if rows.get(("random", env_id))]
+    lines = ["| | interquartile mean | 95% interval | tasks | runs |", "| --- | --- | --- | --- | --- |"]
+    for algorithm, name in NAMES.items():
+        tasks = []
+        for env_id in env_ids:
+            zero = numbers(rows["random", env_id]).mean()
+            one = max(figure for figure in PUBLISHED[env_id].values() if figure is not None)
+            if runs := rows.get((algorithm, env_id)):
+                tasks.append((numbers(runs) - zero) / (one - zero))
+        if tasks:
+            low, high = interval(tasks, interquartile_mean)
+            cells = [f"{interquartile_mean(*tasks):.2f}", f"{low:.2f} to {high:.2f}", len(tasks), sum(map(len, tasks))]
+            lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def seconds_to(goal: float, run: dict[str, str]) -> float:
+    """Wall-clock seconds until the mean of 20 training episodes in a row first reached goal; infinite where never."""
+    name = f"{run['env_id'].replace('/', '-')}__{run['seed']}.csv"
+    data = np.loadtxt(RESULTS / run["algorithm"] / name, delimiter=",", skiprows=1, ndmin=2)
+    means = np.convolve(data[:, 1], np.ones(20) / 20, "valid")
+    if not (means >= goal).any() or not run["steps_per_second"]:
+        return np.inf
+    return data[19:][means >= goal][0, 0] / float(run["steps_per_second"])
+
+
+def peers_table() -> str:
+    """Ours beside the peers on the same machine: mean ± std over seeds, and the time to 3,000 on HalfCheetah."""
+    rows, names = summary(), {**NAMES, **OTHERS}
+    columns = [name for name in ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo") if any(a == name for a, _ in rows)]
+    lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for env_id in ORDER:
+        if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
+            values = [numbers(rows[name, env_id]) for name in columns]
+            cells = [f"{short(v.mean())} ± {short(v.std())}, {len(v)} seeds" if len(v) else "" for v in values]
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    times = [[seconds_to(3000.0, run) for run in rows[name, "HalfCheetah-v5"]] for name in columns]
+    cells = [f"{np.median(t):.0f} s, {np.isfinite(t).sum()} of {len(t)} seeds" if len(t) else "" for t in times]
+    lines.append("| 3,000 on HalfCheetah-v5 after (median) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -70,11 +161,11 @@ def seeds_table() -> str:
         "| algorithm | environment | seed | last 100 training episodes | deterministic evaluation | command |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    rows = summary()
-    for algorithm, env_id in sorted(rows, key=lambda key: (list(NAMES).index(key[0]), key[1])):
+    rows, names = summary(), {**NAMES, **OTHERS}
+    for algorithm, env_id in sorted(rows, key=lambda key: ([*names, key[0]].index(key[0]), key)):
         for row in rows[algorithm, env_id]:
             lines.append(
-                f"| {NAMES[algorithm]} | {env_id} | {row['seed']} | {float(row['train_last_100']):.1f} "
+                f"| {names.get(algorithm, algorithm)} | {env_id} | {row['seed']} | {float(row['train_last_100']):.1f} "
                 f"| {row['evaluation_mean']} ± {row['evaluation_std']} | `{row['command']}` |"
             )
     return "\n".join(lines)
@@ -127,6 +218,8 @@ def time_table() -> str:
 
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
     (ROOT / "README.md", "results"): results_table,
+    (ROOT / "benchmark" / "README.md", "aggregate"): aggregate_table,
+    (ROOT / "benchmark" / "README.md", "peers"): peers_table,
     (ROOT / "benchmark" / "README.md", "runs"): seeds_table,
     (ROOT / "benchmark" / "README.md", "speed"): lambda: speed_table("peers"),
     (ROOT / "benchmark" / "README.md", "speed of Atari"): lambda: speed_table("atari"),
@@ -151,6 +244,12 @@ def curve(algorithm: str, env_id: str, seed: str, steps: np.ndarray) -> np.ndarr
     return np.array(means)
 
 
+def write(tables: dict) -> None:
+    """Put every table between its markers."""
+    for (path, marker), table in tables.items():
+        path.write_text(marked(marker).sub(lambda _: table() + "\n", path.read_text()))  # noqa: B023
+
+
 def draw() -> None:
     import matplotlib
 
@@ -159,7 +258,7 @@ def draw() -> None:
     from scipy.stats import bootstrap
 
     rows = summary()
-    env_ids = sorted({env_id for _, env_id in rows})
+    env_ids = [env_id for env_id in ORDER if any((algorithm, env_id) in rows for algorithm in NAMES)]
     columns = min(3, len(env_ids))
     figure, axes = plt.subplots(
         -(-len(env_ids) // columns), columns, figsize=(4.2 * columns, 3.2 * -(-len(env_ids) // columns)), squeeze=False
@@ -177,9 +276,13 @@ def draw() -> None:
                 low, high = band.confidence_interval
                 axis.fill_between(steps / 1e6, low, high, color=COLORS[algorithm], alpha=0.2, linewidth=0)
         axis.set_title(env_id)
-        axis.set_xlabel("million steps")
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("training return")
+    for axis in axes.flat[len(env_ids) :]:
+        axis.remove()
+    for axis in axes[-1]:
+        axis.set_xlabel("million steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training return")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=len(handles), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
@@ -187,6 +290,5 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    for (path, marker), table in TABLES.items():
-        path.write_text(marked(marker).sub(lambda _: table() + "\n", path.read_text()))  # noqa: B023
+    write(TABLES)
     draw()

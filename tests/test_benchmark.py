@@ -3,18 +3,30 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
 
 import plot  # noqa: E402
 import run  # noqa: E402
+import table1  # noqa: E402
+
+TABLES = {**plot.TABLES, **table1.TABLES}
 
 
-@pytest.mark.parametrize("path, marker", plot.TABLES, ids=lambda x: getattr(x, "parent", x) and str(x)[-20:])
+@pytest.mark.parametrize("path, marker", TABLES, ids=lambda x: str(x)[-16:])
 def test_tables_and_data_agree(path, marker):
     (written,) = plot.marked(marker).findall(path.read_text())
-    assert written == plot.TABLES[path, marker]() + "\n", "run python benchmark/plot.py"
+    assert written == TABLES[path, marker]() + "\n", "run python benchmark/plot.py and benchmark/table1.py --no-run"
+
+
+def test_interquartile_mean_and_interval():
+    assert plot.interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0]), np.array([3.0, 4.0, -50.0, 5.0])) == 2.5
+    low, high = plot.interval([np.full(3, 1.0), np.full(5, 3.0)], plot.mean_of_tasks)
+    assert low == high == pytest.approx(2.25)
+    low, high = plot.interval([np.arange(30.0)], plot.mean_of_tasks)
+    assert 10.0 < low < 14.5 < high < 19.0
 
 
 def test_every_row_of_the_summary_has_its_curve_and_its_mean():

@@ -1,0 +1,144 @@
+"""Table 1 of the PPO paper: clipping, a KL penalty or nothing, on its seven tasks, and TRPO beside them.
+
+    python benchmark/table1.py                         # runs what results/ does not hold yet, then writes the page
+    python benchmark/table1.py --rows clip_0.2 kl_0.01 # only these rows
+    python benchmark/table1.py --no-run                # only the page and the picture, from the CSVs that are there
+
+Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
+not mention: one environment of 2,048 steps, lambda 0.95, a constant step size, advantages once an iteration, log-std
+starting at 0, no normalisation of observations, no scaling of rewards, no clipping of the gradient's norm. Where it is
+silent: advantages are normalised, as a beta means nothing beside advantages of arbitrary scale; networks start as ours.
+
+Writes table1.md (between its markers) and results/table1.png.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import plot
+import run
+import tyro
+
+PAGE = Path(__file__).parent / "table1.md"
+TASKS = ["HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d"]
+CLIP, KL = "ppo_clip_continuous.py", "ppo_kl_continuous.py"
+PAPER_SETTING = (
+    "--num-envs 1 --num-steps 2048 --gae-lambda 0.95 --no-anneal-lr --no-recompute-advantages --init-log-std 0 "
+    "--no-normalize-observations --no-scale-rewards --max-grad-norm 1e9"
+).split()
+ROWS = {  # name: (what the paper calls it, its score, our command)
+    "none": ("no clipping or penalty", -0.39, [KL, "--kl-coef", "0", "--no-adapt-kl-coef"]),
+    **{f"clip_{e}": (f"clipping, ε = {e}", score, [CLIP, "--clip-coef", f"{e}"])
+       for e, score in ((0.1, 0.76), (0.2, 0.82), (0.3, 0.70))},
+    **{f"kl_{d}": (f"adaptive KL, d_targ = {d}", score, [KL, "--target-kl", f"{d}"])
+       for d, score in ((0.003, 0.68), (0.01, 0.74), (0.03, 0.71))},
+    **{f"beta_{b}": (f"fixed KL, β = {b}", score, [KL, "--kl-coef", f"{b}", "--no-adapt-kl-coef"])
+       for b, score in ((0.3, 0.62), (1, 0.71), (3, 0.72), (10, 0.69))},
+    "trpo": ("TRPO, δ = 0.01", None, ["trpo_continuous.py"]),
+}  # fmt: skip
+SAME = {"none": "ppo_none", "clip_0.2": "ppo_clip"}  # rows that the campaign of run.py has under another name
+IN_PAPER_SETTING = [row for row in ROWS if row != "trpo"]
+
+
+@dataclass
+class Args:
+    rows: list[str] = field(default_factory=lambda: list(ROWS))
+    """Which of ROWS to run."""
+    settings: list[str] = field(default_factory=lambda: ["ours", "paper"])
+    """Which of the two settings to run."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Seeds of each run."""
+    workers: int = os.cpu_count() or 1
+    """Runs at a time."""
+    run: bool = True
+    """Run what is missing; off: only the page and the picture."""
+    results: Path = plot.RESULTS
+    """Where the CSVs are."""
+
+
+def algorithm(row: str, setting: str) -> str:
+    """The name that a row has in results/summary.csv."""
+    return SAME.get(row, row) if setting == "ours" else f"paper_{row}"
+
+
+def scores(setting: str) -> dict[str, list[np.ndarray]]:
+    """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
+    best row of both settings on that task, 1 (section 6.1). Rows without a run on every task are left out."""
+    results = plot.summary()
+
+    def returns(name: str, task: str) -> np.ndarray:
+        runs = [run for run in results.get((name, f"{task}-v5"), []) if int(run["seed"]) <= 3]
+        return np.array([float(run["train_last_100"]) for run in runs])
+
+    names = [algorithm(row, which) for which in ("ours", "paper") for row in ROWS]
+    zero = {task: returns("random", task) for task in TASKS}
+    best = {task: max((r.mean() for name in names if len(r := returns(name, task))), default=np.nan) for task in TASKS}
+    table = {}
+    for row in ROWS:
+        runs = {task: returns(algorithm(row, setting), task) for task in TASKS}
+        if all(len(runs[task]) and len(zero[task]) for task in TASKS):
+            table[row] = [(runs[t] - zero[t].mean()) / (best[t] - zero[t].mean()) for t in TASKS]
+    return table
+
+
+def table(setting: str) -> str:
+    """The paper's table 1 with ours beside it, bootstrap intervals over seeds, and the command of each row."""
+    lines = ["| | paper | score | 95% interval | runs | " + " | ".join(TASKS) + " | command |"]
+    lines.append("| --- |" + " --- |" * (len(TASKS) + 5))
+    for row, tasks in scores(setting).items():
+        name, paper, command = ROWS[row]
+        low, high = plot.interval(tasks, plot.mean_of_tasks)
+        command = ["python", *command, *(PAPER_SETTING if setting == "paper" else [])]
+        cells = [name, "" if paper is None else paper, f"{plot.mean_of_tasks(*tasks):.2f}", f"{low:.2f} to {high:.2f}"]
+        cells += [sum(map(len, tasks)), *(f"{runs.mean():.2f}" for runs in tasks), f"`{' '.join(command)}`"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {(PAGE, setting): lambda setting=setting: table(setting) for setting in ("ours", "paper")}
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    places = {row: -i for i, row in enumerate(ROWS)}
+    paper = {row: score for row, (_, score, _) in ROWS.items() if score is not None}
+    axis.scatter(paper.values(), [places[row] for row in paper], marker="x", color="#888888", label="paper")
+    for setting, color, shift in (("ours", "#0072B2", 0.15), ("paper", "#D55E00", -0.15)):
+        for i, (row, tasks) in enumerate(scores(setting).items()):
+            low, high = plot.interval(tasks, plot.mean_of_tasks)
+            label = {"ours": "our defaults", "paper": "the paper's setting"}[setting] if i == 0 else None
+            axis.plot([low, high], [places[row] + shift] * 2, color=color, linewidth=1.5)
+            axis.plot(plot.mean_of_tasks(*tasks), places[row] + shift, "o", color=color, label=label)
+    axis.set_yticks(list(places.values()), [name for name, _, _ in ROWS.values()])
+    axis.set_xlabel("score: 0 is a random policy, 1 the best row of each task")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(plot.RESULTS / "table1.png", dpi=110)
+
+
+def main(args: Args) -> None:
+    env_ids = [f"{task}-v5" for task in TASKS]
+    for setting in args.settings if args.run else ():
+        rows = [row for row in args.rows if setting == "ours" or row in IN_PAPER_SETTING]
+        for row in rows:
+            extra = PAPER_SETTING if setting == "paper" else []
+            run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][2], *extra])
+        names = [algorithm(row, setting) for row in rows]
+        campaign = {"seeds": args.seeds, "workers": args.workers, "results": args.results}
+        run.main(run.Args(algorithms=names, env_ids=env_ids, **campaign))
+    if args.run:  # the zero of the scale: about 100 episodes and more
+        run.main(run.Args(algorithms=["random"], env_ids=env_ids, seeds=[1], total_timesteps=100_000))
+    plot.write(TABLES)
+    draw()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
