@@ -1,0 +1,360 @@
+"""The README's figures, drawn by the scripts' own functions.
+
+    python figures/draw.py            # all of them, a few minutes: four short training runs are among them
+    python figures/draw.py --only clipped_objective natural_gradient
+
+Every function below that returns a dictionary computes one figure's data; the one with `draw_` before its name
+draws it. Each figure is written twice, for light and for dark pages. Needs matplotlib (benchmark/requirements.txt).
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.distributions import Independent, Normal
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+import ppo_clip_continuous as clip  # noqa: E402
+import ppo_kl_continuous as kl  # noqa: E402
+import trpo_continuous as trpo  # noqa: E402
+
+COLORS = {"TRPO": "#009E73", "NPG": "#CC79A7", "PPO, clipped": "#0072B2", "PPO, adaptive KL": "#E69F00"}
+FIGURES = ("clipped_objective", "natural_gradient", "line_search", "conjugate_gradient", "kl_per_update")
+
+
+@dataclass
+class Args:
+    only: list[str] = field(default_factory=lambda: list(FIGURES))
+    """Which of FIGURES."""
+    env_id: str = "Hopper-v5"
+    """The task of the figures that come from real training."""
+    total_timesteps: int = 200_000
+    """Steps of each of these training runs."""
+    hidden_size: int = 64
+    """Width of the networks in these runs."""
+    folder: Path = FOLDER
+    """Where the pictures go."""
+
+
+# ---------------------------------------------------------------------------- the clipped objective
+
+
+def clipped_objective(args: Args) -> dict:
+    """L^CLIP of one sample over the ratio, for an advantage of +1 and of -1 (the PPO paper's figure 1)."""
+    ratio = torch.linspace(0.0, 2.0, 401)
+    data = {"ratio": ratio.numpy()}
+    for sign in (1.0, -1.0):
+        advantages = torch.full_like(ratio, sign)
+        data[f"plain {sign:+.0f}"] = (ratio * advantages).numpy()
+        data[f"clipped {sign:+.0f}"] = clip.clipped_surrogate(ratio, advantages, 0.2).numpy()
+    return data
+
+
+def draw_clipped_objective(data: dict, plt, ink: str):
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.9))
+    for axis, sign, title in zip(axes, ("+1", "-1"), ("advantage > 0", "advantage < 0")):
+        axis.plot(data["ratio"], data[f"plain {sign}"], "--", color=ink, linewidth=1, label="surrogate  $r\\,\\hat A$")
+        axis.plot(
+            data["ratio"], data[f"clipped {sign}"], color=COLORS["PPO, clipped"], linewidth=2.5, label="$L^{CLIP}$"
+        )
+        for edge in (0.8, 1.2):
+            axis.axvline(edge, color=ink, linewidth=0.6, alpha=0.5)
+        axis.plot(1, float(sign), "o", color="#D55E00", label="start of the optimisation, $r = 1$")
+        axis.set(title=title, xlabel="ratio $r$", xticks=[0, 0.8, 1, 1.2, 2])
+    axes[0].legend(frameon=False, loc="upper left", fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------- directions and iterates
+
+
+class TwoParameters(nn.Module):
+    """A Gaussian over one action that does not look at its observation: its mean and its log-std are the parameters."""
+
+    def __init__(self, mean: float, log_std: float):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor([mean]))
+        self.actor_log_std = nn.Parameter(torch.tensor([log_std]))
+        self.register_buffer("kl_coef", torch.tensor(1.0))
+
+    def actor_parameters(self):
+        return [self.mean, self.actor_log_std]
+
+    def distribution(self, obs):
+        mean = self.mean.repeat(len(obs), 1)
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def value(self, obs):
+        return torch.zeros(len(obs))
+
+
+def experience(agent: TwoParameters, batch: int) -> tuple[torch.Tensor, ...]:
+    """(obs, actions, normalised advantages) of a task with one step, whose reward is -(a - 1)²."""
+    obs = torch.zeros(batch, 1)
+    with torch.no_grad():
+        actions = agent.distribution(obs).sample()
+    rewards = -((actions - 1.0) ** 2).squeeze(-1)
+    return obs, actions, (rewards - rewards.mean()) / rewards.std()
+
+
+def directions(agent: TwoParameters) -> tuple[np.ndarray, np.ndarray]:
+    """(vanilla, natural) gradient of the surrogate at the agent's parameters, each of length 1."""
+    obs, actions, advantages = experience(agent, 20_000)
+    parameters, policy = agent.actor_parameters(), agent.distribution(obs)
+    log_probs = policy.log_prob(actions)
+    ratio = (log_probs - log_probs.detach()).exp()
+    g = trpo.flat_gradient(trpo.surrogate_advantage(ratio, advantages), parameters)
+    product = trpo.fisher_vector_product(agent.distribution(obs), parameters, damping=0.0)
+    x = trpo.conjugate_gradient(product, g, 2, 1e-10)
+    return (g / g.norm()).numpy(), (x / x.norm()).numpy()
+
+
+def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: float) -> np.ndarray:
+    """The (mean, log-std) that each iteration of an algorithm reaches, [iterations + 1, 2], from batches of 2,048."""
+    agent = TwoParameters(*start)
+    parameters = agent.actor_parameters()
+    optimizer = torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
+    script = {"TRPO": trpo, "PPO, clipped": clip, "PPO, adaptive KL": kl}[algorithm]
+    options = {"max_kl": delta} if script is trpo else {"target_kl": delta} if script is kl else {}
+    args, path = script.Args(**options), [start]
+    for _ in range(iterations):
+        obs, actions, advantages = experience(agent, 2048)
+        with torch.no_grad():
+            old = agent.distribution(obs)
+            old_log_probs = old.log_prob(actions)
+        if script is trpo:
+            trpo.update_policy(agent, obs, actions, advantages, args)
+        else:
+            zeros = torch.zeros(len(obs))  # no critic here: returns and old values
+            about_old = [old.mean, old.stddev] if script is kl else []
+            batch = (obs, actions, old_log_probs, *about_old, advantages, zeros, zeros)
+            for _ in range(args.num_epochs):
+                for rows in torch.randperm(len(obs)).split(64):
+                    minibatch = tuple(x[rows] for x in batch)
+                    for parameter, grad in zip(parameters, script.loss_gradient(agent, parameters, minibatch, args)):
+                        parameter.grad = grad
+                    optimizer.step()
+        if script is kl:
+            with torch.no_grad():
+                distance = float(trpo.mean_kl(old, agent.distribution(obs)))
+            agent.kl_coef.fill_(kl.adapt_kl_coef(float(agent.kl_coef), distance, args.target_kl))
+        path.append((agent.mean.item(), agent.actor_log_std.item()))
+    return np.array(path)
+
+
+def natural_gradient(args: Args) -> dict:
+    torch.manual_seed(0)
+    grid = [(mean, log_std) for mean in np.linspace(-1.0, 0.9, 8) for log_std in np.linspace(-1.9, 0.4, 7)]
+    fields = [directions(TwoParameters(*point)) for point in grid]
+    start, delta = (-0.8, 0.0), 0.03
+    paths = {name: iterate(name, start, 30, delta) for name in ("TRPO", "PPO, clipped", "PPO, adaptive KL")}
+    means, log_stds = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-2.5, 1.0, 301))
+    one = torch.ones(means.size, 1)
+    new = Normal(torch.tensor(means.reshape(-1, 1)), torch.tensor(log_stds.reshape(-1, 1)).exp())
+    circles = []  # KL(centre ‖ ·) over the plane, for some centres on TRPO's way
+    for mean, log_std in paths["TRPO"][::4]:
+        distance = trpo.gaussian_kl(Normal(one * mean, one * np.exp(log_std)), new)
+        circles.append(distance.reshape(means.shape).numpy())
+    vanilla, natural = map(np.array, zip(*fields))
+    return {"grid": np.array(grid), "vanilla": vanilla, "natural": natural, "paths": paths,
+            "means": means, "log_stds": log_stds, "circles": circles, "delta": delta}  # fmt: skip
+
+
+def draw_natural_gradient(data: dict, plt, ink: str):
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.9), sharey=True)
+    look = {"angles": "xy", "scale": 14, "width": 0.006}
+    axes[0].quiver(*data["grid"].T, *data["vanilla"].T, color="#999999", label="gradient $g$", **look)
+    axes[0].quiver(
+        *data["grid"].T, *data["natural"].T, color=COLORS["TRPO"], label="natural gradient $H^{-1}g$", **look
+    )
+    axes[0].set(title="directions", xlabel="mean of the policy", ylabel="log-std of the policy")
+    for circle in data["circles"]:
+        axes[1].contour(data["means"], data["log_stds"], circle, [data["delta"]], colors=[ink], linewidths=0.7)
+    for (name, path), marker in zip(data["paths"].items(), "os^"):
+        axes[1].plot(*path.T, marker=marker, markersize=3.5, linewidth=1, color=COLORS[name], label=name)
+    axes[1].set(title=f"iterates, and the circles KL = δ = {data['delta']}", xlabel="mean of the policy")
+    axes[1].set(xlim=(-1.3, 1.2), ylim=(-2.1, 0.6))
+    for axis in axes:
+        axis.axvline(1.0, color=ink, linewidth=0.6, linestyle=":")
+    handles, labels = map(sum, zip(*(axis.get_legend_handles_labels() for axis in axes)), ([], []))
+    figure.legend(handles, labels, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------- a real batch
+
+
+def real_batch(args: Args, iterations: int) -> tuple:
+    """(agent, obs, actions, advantages) after some iterations of TRPO, before the next step of the policy."""
+    torch.manual_seed(1)
+    options = trpo.Args(env_id=args.env_id, hidden_size=args.hidden_size)
+    envs = trpo.make_envs(options)
+    agent = trpo.Agent(envs.single_observation_space, envs.single_action_space, args.hidden_size)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=options.learning_rate, eps=1e-5)
+    scaler, running = trpo.RewardScaler(), torch.zeros(options.num_envs)
+    obs, _ = envs.reset(seed=1)
+    for i in range(iterations + 1):
+        rollout, obs, _ = trpo.collect(envs, agent, obs, options.num_steps, 0)
+        rewards = scaler(rollout.rewards, rollout.dones, options.gamma, running)
+        if i < iterations:
+            trpo.update(agent, optimizer, rollout, rewards, options, trpo.critic_gradient)
+            agent.obs_stats.update(rollout.obs.flatten(0, 1))
+    envs.close()
+    advantages, _, _ = trpo.estimate_advantages(agent, rollout, rewards, options)
+    return agent, rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1), advantages
+
+
+def line_search(args: Args) -> dict:
+    """Surrogate and KL along the natural direction of a real batch, their models, and the tries of the line search.
+
+    With damping 0.01 and H from every 10th sample (as the paper, app. C.1), so that there is something to search: at
+    the script's defaults the full step hardly ever leaves the trust region."""
+    agent, obs, actions, advantages = real_batch(args, max(1, args.total_timesteps // 10_000))
+    delta, damping = trpo.Args.max_kl, 0.01
+    parameters, old = agent.actor_parameters(), agent.distribution(obs)
+    theta_old = parameters_to_vector(parameters).detach()
+    old_log_probs = old.log_prob(actions).detach()
+    ratio = (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()
+    surrogate_old = trpo.surrogate_advantage(ratio, advantages)
+    g = trpo.flat_gradient(surrogate_old, parameters)
+    product = trpo.fisher_vector_product(agent.distribution(obs[::10]), parameters, damping)
+    x = trpo.conjugate_gradient(product, g, 10, 1e-10)
+    step = trpo.full_step(x, product(x), delta)
+
+    @torch.no_grad()
+    def evaluate_at(theta):
+        vector_to_parameters(theta, parameters)
+        new = agent.distribution(obs)
+        ratio = (new.log_prob(actions) - old_log_probs).exp()
+        return float(trpo.surrogate_advantage(ratio, advantages) - surrogate_old), float(trpo.mean_kl(old, new))
+
+    lengths = np.linspace(0.0, 1.6, 81)
+    surrogate, divergence = zip(*(evaluate_at(theta_old + length * step) for length in lengths))
+    result = trpo.line_search(evaluate_at, theta_old, step, delta, 0.8, 10)
+    curvature = float(step @ (product(step) - damping * step))
+    return {"lengths": lengths, "surrogate": np.array(surrogate), "kl": np.array(divergence),
+            "linear": lengths * float(g @ step), "quadratic": 0.5 * lengths**2 * curvature,
+            "tries": 0.8 ** np.arange(result.tries), "accepted": result.accepted, "delta": delta}  # fmt: skip
+
+
+def draw_line_search(data: dict, plt, ink: str):
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axis, measured, model, title in (
+        (axes[0], "surrogate", "linear", "surrogate, gain over the old policy"),
+        (axes[1], "kl", "quadratic", "mean KL(old ‖ new)"),
+    ):
+        axis.plot(data["lengths"], data[measured], color=COLORS["TRPO"], linewidth=2, label="measured on the batch")
+        axis.plot(data["lengths"], data[model], "--", color=ink, linewidth=1, label=f"{model} model")
+        at = np.interp(data["tries"], data["lengths"], data[measured])
+        axis.plot(data["tries"][:-1], at[:-1], "x", color="#D55E00", label="try, rejected")
+        last = {"marker": "o", "label": "try, accepted"} if data["accepted"] else {"marker": "x"}
+        axis.plot(data["tries"][-1:], at[-1:], linestyle="", color="#D55E00", **last)
+        axis.set(title=title, xlabel="length, in full steps")
+    axes[1].axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
+    axes[1].text(1.35, data["delta"] * 0.9, f"δ = {data['delta']}", color=ink, va="top")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def conjugate_gradient(args: Args) -> dict:
+    """Error of conjugate gradient over its iterations, ‖x_k - x‖_H / ‖x‖_H, on the Fisher matrix of a real batch."""
+    small = Args(
+        env_id=args.env_id, hidden_size=min(args.hidden_size, 16)
+    )  # H is written down here, so it must be small
+    agent, obs, actions, advantages = real_batch(small, 5)
+    agent.double()
+    parameters, obs, actions = agent.actor_parameters(), obs.double(), actions.double()
+    log_probs = agent.distribution(obs).log_prob(actions)
+    ratio = (log_probs - log_probs.detach()).exp()
+    g = trpo.flat_gradient(trpo.surrogate_advantage(ratio, advantages.double()), parameters)
+    product = trpo.fisher_vector_product(agent.distribution(obs), parameters, damping=0.0)
+    fisher = torch.stack([product(row) for row in torch.eye(len(g), dtype=torch.float64)])
+    iterations, errors = np.arange(0, 41), {}
+    for damping in (0.1, 0.01, 0.001):
+        h = fisher + damping * torch.eye(len(g), dtype=torch.float64)
+        exact = torch.linalg.solve(h, g)
+        error = [trpo.conjugate_gradient(lambda v: h @ v, g, int(k), 0.0) - exact for k in iterations]  # noqa: B023
+        errors[damping] = np.array([float((e @ h @ e).sqrt() / (exact @ h @ exact).sqrt()) for e in error])
+    return {"iterations": iterations, "errors": errors, "parameters": len(g)}
+
+
+def draw_conjugate_gradient(data: dict, plt, ink: str):
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for (damping, error), color, style in zip(
+        data["errors"].items(), ("#009E73", "#0072B2", "#E69F00"), ("-", "--", "-.")
+    ):
+        axis.semilogy(data["iterations"], error, style, color=color, linewidth=2, label=f"damping {damping}")
+    axis.axvline(trpo.Args.cg_iterations, color=ink, linewidth=0.8, linestyle=":")
+    axis.text(trpo.Args.cg_iterations + 0.5, axis.get_ylim()[0] * 3, "the script's default", color=ink, fontsize=8)
+    axis.set(xlabel="iterations of conjugate gradient", ylabel="error in the H-norm, relative")
+    axis.set(title=f"a policy with {data['parameters']} parameters")
+    axis.legend(frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------- real runs
+
+
+def kl_per_update(args: Args) -> dict:
+    """The mean KL of each update of a real training run of each algorithm, as the scripts log it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = {"TRPO": (trpo, {}, "losses/kl"), "NPG": (trpo, {"line_search": False}, "losses/kl"),
+            "PPO, clipped": (clip, {}, "losses/approx_kl"), "PPO, adaptive KL": (kl, {}, "losses/kl")}  # fmt: skip
+    data = {"delta": trpo.Args.max_kl, "target": kl.Args.target_kl}
+    for name, (script, own, tag) in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            common = {"env_id": args.env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
+            script.train(script.Args(**common, **own, run_dir=Path(folder), eval_episodes=1))
+            events = EventAccumulator(folder, size_guidance={"scalars": 0})
+            events.Reload()
+            data[name] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
+    return data
+
+
+def draw_kl_per_update(data: dict, plt, ink: str):
+    figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.8), sharey=True)
+    for axis, (name, color) in zip(axes, COLORS.items()):
+        steps, divergence = data[name].T
+        axis.plot(steps / 1e3, divergence, ".", markersize=3, color=color)
+        axis.axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
+        axis.set(title=name, xlabel="thousand steps")
+        axis.title.set_fontsize(9)
+    axes[0].set_ylabel("mean KL of an update")
+    axes[0].text(0, data["delta"] * 1.1, "δ", color=ink)
+    axes[3].axhline(data["target"], color=ink, linewidth=0.8, linestyle="--")
+    axes[3].text(0, data["target"] * 1.05, "target", color=ink, fontsize=8)
+    axes[0].set_ylim(0, None)
+    return figure
+
+
+def main(args: Args) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        data = globals()[name](args)
+        for style, ink, paper in (("light", "#24292f", "#ffffff"), ("dark", "#d0d7de", "#0d1117")):
+            keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+            look = {**dict.fromkeys(keys, ink), "figure.facecolor": paper, "axes.facecolor": paper}
+            look |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+            with plt.rc_context(look):
+                figure = globals()[f"draw_{name}"](data, plt, ink)
+                figure.savefig(args.folder / f"{name}-{style}.png", dpi=130)
+                plt.close(figure)
+        print(args.folder / f"{name}-light.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

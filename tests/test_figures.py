@@ -1,0 +1,55 @@
+"""The figures' data, by the scripts' own functions on small settings; the drawing itself where matplotlib is there."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "figures"))
+
+import draw  # noqa: E402
+
+SMALL = {"env_id": "Hopper-v5", "total_timesteps": 4096, "hidden_size": 8}
+
+
+def test_clipped_objective_is_the_papers_figure_1():
+    data = draw.clipped_objective(draw.Args())
+    assert data["clipped +1"].max() == pytest.approx(1.2) and data["clipped -1"].max() == pytest.approx(-0.8)
+    assert data["clipped +1"][0] == 0.0 and data["clipped -1"][-1] == -2.0
+
+
+def test_natural_gradient_follows_its_closed_form():
+    """With H = diag(1/σ², 2) the natural gradient is (σ² g_1, g_2 / 2), and TRPO's steps stay on their circles."""
+    data = draw.natural_gradient(draw.Args())
+    sigma = np.exp(data["grid"][:, 1:])
+    expected = data["vanilla"] * np.hstack([sigma**2, np.full_like(sigma, 0.5)])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs((expected * data["natural"]).sum(1)).min() > 0.99
+    for path in data["paths"].values():
+        assert abs(path[-1, 0] - 1.0) < 0.1 and path[-1, 1] < -1.0  # the mean goes to the best action, the std falls
+    (old_mean, old_std), (mean, std) = data["paths"]["TRPO"][:2]
+    kl = std - old_std + (np.exp(2 * old_std) + (old_mean - mean) ** 2) / (2 * np.exp(2 * std)) - 0.5
+    assert 0.5 * data["delta"] < kl <= data["delta"] * 1.001
+
+
+def test_line_search_and_conjugate_gradient_on_a_real_batch():
+    data = draw.line_search(draw.Args(**SMALL))
+    assert data["accepted"] and np.interp(data["tries"][-1], data["lengths"], data["kl"]) <= data["delta"] * 1.05
+    errors = draw.conjugate_gradient(draw.Args(**SMALL))["errors"]
+    for error in errors.values():
+        assert error[0] == 1.0 and (np.diff(error) < 1e-9).all()
+    assert errors[0.1][20] < 1e-2
+
+
+def test_kl_per_update_comes_from_real_runs():
+    data = draw.kl_per_update(draw.Args(**SMALL))
+    assert all(len(data[name]) >= 2 and (data[name][:, 1] > 0).all() for name in draw.COLORS)
+    assert (data["TRPO"][:, 1] <= data["delta"]).all()
+
+
+def test_every_picture_in_the_repository_can_be_drawn_again(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw.main(draw.Args(**SMALL, folder=tmp_path))
+    pictures = {path.name for path in tmp_path.iterdir()}
+    assert pictures == {path.name for path in draw.FOLDER.glob("*.png")}
