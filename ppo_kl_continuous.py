@@ -43,6 +43,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -347,7 +348,8 @@ def collect(
         if done.any():  # these environments have already started their next episode; next_obs is its beginning
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            for i in np.flatnonzero(done):
+            whole = done & ~infos["final_info"].get("cut", ~done)  # one episode an environment is not; see Staggered
+            for i in np.flatnonzero(whole):
                 episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
             what = "an observation" if np.isfinite(reward).all() else "a reward"
@@ -518,13 +520,34 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return env
 
 
+class Staggered(gym.Wrapper):
+    """Cuts one episode short, after `steps` steps. Where no episode ends before its time limit (HalfCheetah), the
+    environments would else pass through their episodes in step, and every batch hold a single phase of them."""
+
+    def __init__(self, env: gym.Env, steps: int):
+        super().__init__(env)
+        self.steps = steps
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.steps -= 1
+        if self.steps == 0:
+            truncated, info = True, {**info, "cut": True}
+        return obs, reward, terminated, truncated, info
+
+
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
+
+    def make(i: int) -> gym.Env:
+        env = make_env(args.env_id)
+        return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
+
     vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is for the script alone
     try:
-        envs = vector_env([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
     finally:
         signal.signal(signal.SIGINT, handler)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)

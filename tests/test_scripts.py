@@ -111,8 +111,9 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path
     assert COMMON_SCALARS | OWN_SCALARS[name] == logged.keys()
     assert [step for step, _ in logged["losses/value_loss"]] == [batch, 2 * batch, 3 * batch, 4 * batch]
     assert script.load_checkpoint(run_dir)["global_step"] == 4 * batch
-    # 8 environments, episodes of 200 steps, and new ones after the resume
-    assert len(logged["charts/episodic_return"]) == 2 * 8 * (2 * batch // 8 // 200)
+    # 8 environments; number i cuts an episode at 25 i steps and then plays 200 at a time, anew after the resume
+    whole = sum((2 * batch // 8 - 25 * i) // 200 for i in range(8))
+    assert len(logged["charts/episodic_return"]) == 2 * whole
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     out = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
@@ -155,6 +156,21 @@ def test_processes_collect_what_a_loop_collects(script):
     (loop, loop_obs, loop_episodes), (processes, processes_obs, processes_episodes) = rollouts
     assert all(x.equal(y) for x, y in zip(loop, processes)) and (loop_obs == processes_obs).all()
     assert loop_episodes == processes_episodes and len(loop_episodes) > 2
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_environments_that_never_fail_are_spread_over_their_episodes(script, vectorization):
+    """Of 4 environments with episodes of 20 steps, three cut one at 5, 10 and 15, which is not reported."""
+    args = script.Args(env_id="toy_envs:Endless-v0", num_envs=4, vectorization=vectorization)
+    envs = script.make_envs(args)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
+    obs, _ = envs.reset(seed=1)
+    rollout, _, episodes = script.collect(envs, agent, obs, 60, 0)
+    envs.close()
+    ends = [(column.nonzero().flatten() + 1).tolist() for column in rollout.dones.T]
+    assert ends == [[20, 40, 60], [5, 25, 45], [10, 30, 50], [15, 35, 55]]
+    assert not rollout.terminations.any()  # a cut is bootstrapped, as a time limit is
+    assert len(episodes) == 9 and all(episodic_return == length == 20 for _, episodic_return, length in episodes)
 
 
 @pytest.mark.parametrize(
