@@ -468,6 +468,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
         if render_mode:  # what is missing for a video shows at the first frame, so before any training
             env.reset()
+            model = getattr(env.unwrapped, "model", None)
+            if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
+                # Gymnasium 1.4 takes a camera that stands still, and HalfCheetah runs out of its picture.
+                env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
             env.render()
     except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
         hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""

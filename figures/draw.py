@@ -2,6 +2,7 @@
 
     python figures/draw.py            # all of them, a few minutes: four short training runs are among them
     python figures/draw.py --only clipped_objective natural_gradient
+    python figures/draw.py --film RUN_DIR
 
 Every function below that returns a dictionary computes one figure's data; the one with `draw_` before its name
 draws it. Each figure is written twice, for light and for dark pages. Needs matplotlib (benchmark/requirements.txt).
@@ -42,6 +43,8 @@ class Args:
     """Width of the networks in these runs."""
     folder: Path = FOLDER
     """Where the pictures go."""
+    film: Path | None = None
+    """Instead: cheetah.gif, of the policy that ppo_clip_continuous.py has saved in this run directory."""
 
 
 # ---------------------------------------------------------------------------- the clipped objective
@@ -336,7 +339,26 @@ def draw_kl_per_update(data: dict, plt, ink: str):
     return figure
 
 
+def cheetah(args: Args) -> None:
+    """Three seconds of the saved policy, from its first evaluation episode."""
+    from moviepy import VideoFileClip
+
+    saved = clip.load_checkpoint(args.film)
+    env_id = saved["args"]["env_id"]
+    env = clip.make_env(env_id)
+    agent = clip.Agent(env.observation_space, env.action_space, saved["args"]["hidden_size"])
+    agent.load_state_dict(saved["agent"])
+    with tempfile.TemporaryDirectory() as folder:
+        clip.evaluate(agent, env_id, 1, seed=1, video_dir=Path(folder))
+        (video,) = Path(folder).glob("*.mp4")
+        with VideoFileClip(str(video)) as film:
+            film = film.subclipped(2, 5).cropped(y1=200).resized(width=240)
+            film.write_gif(str(args.folder / "cheetah.gif"), fps=12, logger=None)
+
+
 def main(args: Args) -> None:
+    if args.film:
+        return cheetah(args)
     import matplotlib
 
     matplotlib.use("Agg")

@@ -133,6 +133,18 @@ def test_video_without_a_display(tmp_path, monkeypatch):
     assert video.stat().st_size > 1000 and video.read_bytes()[4:8] == b"ftyp"
 
 
+def test_the_camera_follows_what_runs_away(script):
+    env = script.make_env("HalfCheetah-v5", render_mode="rgb_array")
+    first = env.render()
+    for _ in range(40):
+        env.unwrapped.data.qpos[0] += 1.0  # 40 m ahead, where a camera that stands still sees the floor alone
+        env.step(env.action_space.sample() * 0)
+    last = env.render()
+    reddish = lambda frame: (frame[..., 0] > frame[..., 2] + 40).mean()  # noqa: E731  the cheetah's colour
+    assert reddish(last) > 0.5 * reddish(first) > 0.005
+    env.close()
+
+
 def test_the_same_seed_gives_the_same_scalars_and_another_seed_others(script, tmp_path):
     for directory, seed in (("a", 1), ("b", 1), ("c", 2)):
         script.train(quick(script, tmp_path / directory, seed=seed))

@@ -1,0 +1,79 @@
+"""What the README names exists: functions, flags, files, commands; GitHub shows its mathematics."""
+
+import ast
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+import ppo_atari
+import ppo_clip_continuous
+import ppo_kl_continuous
+import trpo_continuous
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {s.__name__: s for s in (trpo_continuous, ppo_clip_continuous, ppo_kl_continuous, ppo_atari)}
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)
+# Words in code style that are no names of ours.
+FOREIGN = {"module", "RUN_DIR", "checkpoint.pt", "args.json", "runs/", "module:Env-v0"}
+
+
+def names_of_the_scripts():
+    """Functions, classes and Class.method of all four scripts."""
+    names = set()
+    for script in SCRIPTS.values():
+        for node in ast.parse(Path(script.__file__).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)}
+                names |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+    return names
+
+
+def test_every_function_that_the_readme_names_exists():
+    words = {word.split("(")[0] for word in CODE if re.fullmatch(r"[A-Za-z_.]+(\(\w*\))?", word)}
+    words = {word for word in words if not word.endswith(".py")} - FOREIGN
+    assert len(words) > 20 and words <= names_of_the_scripts()
+
+
+def test_every_flag_that_the_readme_names_exists():
+    flags = set(re.findall(r"--([a-z][a-z0-9-]+)", " ".join(CODE)))
+    fields = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
+    foreign = {"help", "logdir"}
+    assert len(flags) > 15
+    assert {flag.removeprefix("no-").replace("-", "_") for flag in flags - foreign} <= fields
+
+
+def test_every_file_that_the_readme_names_exists():
+    files = {path for path in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in path}
+    files |= set(re.findall(r'(?:src|srcset)="([^"]+)"', README)) | {
+        word for word in CODE if re.fullmatch(r"\S+\.py", word)
+    }
+    files |= {word for word in re.findall(r"[\w/]+\.(?:py|md|txt)", README)}
+    assert len(files) > 15 and {file for file in files if not (ROOT / file).exists()} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmark/table1.md", "benchmark/README.md"])
+def test_every_command_parses(page):
+    text = (ROOT / page).read_text()
+    commands = [c for c in re.findall(r"(?:^    |`)((?:\S*/)?python \w+\.py[^`\n]*)", text, re.M) if "..." not in c]
+    commands += re.findall(r"uv run (\w+\.py[^`\n]*)", text)
+    commands = [shlex.split(command.split("#")[0]) for command in commands]
+    for command in commands:
+        script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        arguments = [word for word in command[script + 1 :] if word != "--help"]
+        tyro.cli(SCRIPTS[command[script].removesuffix(".py")].Args, args=arguments)
+    assert len(commands) >= 4 or page == "benchmark/table1.md"
+
+
+def test_the_mathematics_is_what_github_shows():
+    """Inside $...$ GitHub's table cells need \\mid for a bar, and underscores within \\text are kept."""
+    for formula in re.findall(r"\$([^$\n]+)\$", README):
+        assert "|" not in formula, formula
+        assert formula.count("{") == formula.count("}") and formula.count("\\left") == formula.count("\\right")
+        assert formula == formula.strip(), formula  # a space beside the dollar ends the formula
