@@ -34,13 +34,17 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "sb3_trpo": ["benchmark/peers.py", "--algorithm", "trpo"],
     "random": ["benchmark/peers.py", "--algorithm", "random"],
 }
+ENV_IDS = (
+    "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v4", "Ant-v5", "Swimmer-v5", "Reacher-v5", "InvertedPendulum-v5",
+    "InvertedDoublePendulum-v5",
+)  # fmt: skip
 
 
 @dataclass
 class Args:
     algorithms: list[str] = field(default_factory=lambda: ["ppo_clip", "ppo_kl", "trpo", "npg"])
     """Which of ALGORITHMS."""
-    env_ids: list[str] = field(default_factory=lambda: ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"])
+    env_ids: list[str] = field(default_factory=lambda: list(ENV_IDS))
     """Gymnasium ids."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     """Seeds to report; settings are developed on 101 and up."""
