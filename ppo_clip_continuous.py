@@ -27,7 +27,8 @@ numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
 
 Where this file departs from the paper, each a field of `Args` with its reason: observations are
 normalised, rewards scaled, advantages normalised and recomputed with the newest critic at every epoch,
-the learning rate decays, the gradient's norm is clipped, and a time limit is not a termination.
+the learning rate decays, the gradient's norm is clipped. Besides, a time limit is not a termination, and
+the environments are spread over the length of an episode (`Staggered`).
 
     python ppo_clip_continuous.py --env-id Walker2d-v5 --seed 2
     python ppo_clip_continuous.py --resume RUN_DIR --total-timesteps 2000000

@@ -32,7 +32,8 @@ numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.0
 
 Where this file departs from the paper, each a field of `Args` with its reason: advantages by GAE with a
 learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, normalised observations,
-scaled rewards, and a time limit is not a termination.
+scaled rewards. Besides, a time limit is not a termination, and the environments are spread over the
+length of an episode (`Staggered`).
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
