@@ -25,6 +25,7 @@ OTHERS = {
     "ppo_none": "no clip, no penalty",
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
+    "ppo_atari": "PPO, Atari",
     "random": "random policy",
 }
 COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
