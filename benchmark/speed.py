@@ -288,7 +288,7 @@ def main(args: Args) -> None:
         with path.open() as file:
             old = [tuple(row.values()) for row in csv.DictReader(file) if row["case"] not in cases]
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "repeat", "quantity", "value"])
         writer.writerows(old + rows)
 
