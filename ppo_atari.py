@@ -340,7 +340,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     `gradient` is `loss_gradient` or its compiled form. Returns the scalars for the log, taken over the
     last minibatch after its own step.
     """
-    obs = rollout.obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # while they are bytes
+    obs = rollout.obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # once for all passes
     actions = rollout.actions.flatten(0, 1)
     parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
     old_log_probs, old_values = rollout.log_probs.flatten(), rollout.values.flatten()
