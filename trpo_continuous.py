@@ -657,11 +657,11 @@ class Staggered(gym.Wrapper):
         self.steps = steps
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
         self.steps -= 1
-        if self.steps == 0:
-            truncated, info = True, {**info, "cut": True}
-        return obs, reward, terminated, truncated, info
+        cut = self.steps == 0
+        # Training reads nothing else of info, which the vector environment would merge key by key at every step.
+        return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:

@@ -67,6 +67,9 @@ SECTIONS = {
         "Humanoid, async, one core": [*ONE_CORE, *HUMANOID, "--vectorization", "async"],
         "Humanoid, sync, all cores": HUMANOID,
         "Humanoid, async, all cores": [*HUMANOID, "--vectorization", "async"],
+        "Humanoid --compile, sync, one core": [*ONE_CORE, *HUMANOID, "--compile"],
+        "Humanoid --compile, async, one core": [*ONE_CORE, *HUMANOID, "--compile", "--vectorization", "async"],
+        "Humanoid --compile, async, all cores": [*HUMANOID, "--compile", "--vectorization", "async"],
     },
     "time": {case: case for case in ("trpo", "trpo --compile", "ppo_clip", "ppo_clip --compile", "ppo_kl --compile")},
 }  # fmt: skip
