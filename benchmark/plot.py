@@ -2,8 +2,9 @@
 
     python benchmark/plot.py
 
-Draws results/curves.png (mean over seeds, 95% bootstrap band) and writes the Markdown tables between their markers in
-README.md and benchmark/README.md, so that text and data cannot disagree; tests/test_benchmark.py fails when they do.
+Draws results/curves.png (mean over seeds, 95% bootstrap band) and results/atari.png, and writes the Markdown tables
+between their markers in README.md and benchmark/README.md, so that text and data cannot disagree;
+tests/test_benchmark.py fails when they do.
 """
 
 import csv
@@ -26,6 +27,7 @@ OTHERS = {
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
     "ppo_atari": "PPO, Atari",
+    "ppo_atari_3M": "PPO, Atari, step size down to 0 at 3M steps",
     "random": "random policy",
 }
 COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
@@ -245,6 +247,28 @@ def curve(algorithm: str, env_id: str, seed: str, steps: np.ndarray) -> np.ndarr
     return np.array(means)
 
 
+def draw_atari() -> None:
+    """results/atari.png: mean score of the last 100 games over the steps, a line a run, a picture a game."""
+    import matplotlib.pyplot as plt
+
+    runs = [run for rows in summary().values() for run in rows if run["env_id"].startswith("ALE/")]
+    games = sorted({run["env_id"] for run in runs})
+    figure, axes = plt.subplots(1, len(games), figsize=(5.5 * len(games), 3.6), squeeze=False)
+    for run in runs:
+        axis, name = axes[0, games.index(run["env_id"])], f"{run['env_id'].replace('/', '-')}__{run['seed']}.csv"
+        steps, scores = np.loadtxt(RESULTS / run["algorithm"] / name, delimiter=",", skiprows=1).T
+        means = [scores[max(0, i - 99) : i + 1].mean() for i in range(len(scores))]
+        axis.plot(steps / 1e6, means, label=f"{OTHERS[run['algorithm']]}, seed {run['seed']}")
+    for axis, game in zip(axes[0], games):
+        axis.set_title(game)
+        axis.set_xlabel("million steps")
+        axis.set_ylabel("score, mean of 100 games")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "atari.png", dpi=110)
+
+
 def write(tables: dict) -> None:
     """Put every table between its markers."""
     for (path, marker), table in tables.items():
@@ -293,3 +317,4 @@ def draw() -> None:
 if __name__ == "__main__":
     write(TABLES)
     draw()
+    draw_atari()
