@@ -25,7 +25,7 @@ Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 17
 equation numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
 
 Where this file departs from the paper, each a field of `Args` with its reason: observations are
-normalised, rewards scaled, advantages normalised and recomputed with the newest critic at every epoch,
+normalised, rewards scaled, advantages recomputed with the newest critic at every epoch,
 the learning rate decays, the gradient's norm is clipped. Besides, a time limit is not a termination, and
 the environments are spread over the length of an episode (`Staggered`).
 
@@ -99,8 +99,8 @@ class Args:
     """Gradient steps per pass. [paper, table 3: minibatches of 64 samples]"""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, table 3]"""
-    gae_lambda: float = 0.9
-    """Decay of the advantage estimator, in [0, 1]. [arXiv 2006.05990, sec. 3.4: 0.9; PPO paper: 0.95]"""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimator, in [0, 1]. [paper, table 3; arXiv 2006.05990, sec. 3.4: 0.9]"""
     kl_coef: float = 1.0
     """β of eq. 8 at the start. [paper, sec. 4: not important, as it adapts quickly]"""
     adapt_kl_coef: bool = True
@@ -117,8 +117,9 @@ class Args:
     """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
-    normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]"""
+    normalize_advantages: bool = False
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines; the paper: not.
+    Those of a task that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
