@@ -25,7 +25,7 @@ Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 17
 equation numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
 
 Where this file departs from the paper, each a field of `Args` with its reason: observations are
-normalised, rewards scaled, advantages recomputed with the newest critic at every epoch,
+normalised, rewards scaled, advantages normalised and recomputed with the newest critic at every epoch,
 the learning rate decays, the gradient's norm is clipped. Besides, a time limit is not a termination, and
 the environments are spread over the length of an episode (`Staggered`).
 
@@ -117,9 +117,9 @@ class Args:
     """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
-    normalize_advantages: bool = False
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines; the paper: not.
-    Those of a task that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
+    normalize_advantages: bool = True
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1, so that a beta weighs the same on every
+    task and all along a run. [OpenAI Baselines]"""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
