@@ -118,8 +118,8 @@ class Args:
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
     normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1, so that a beta weighs the same on every
-    task and all along a run. [OpenAI Baselines]"""
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1, so that a beta weighs the same on
+    every task and all along a run. [OpenAI Baselines]"""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True

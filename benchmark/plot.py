@@ -106,6 +106,8 @@ def results_table() -> str:
                 ahead[algorithm][0] += verdict != "behind"
                 ahead[algorithm][1] += 1
                 cell += f", {verdict} {short(best)}"
+            if len(runs) != 5:
+                cell += f"; {len(runs)} seeds"
             cells.append(cell)
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
