@@ -48,6 +48,7 @@ PUBLISHED = {
     }.items()
 }
 ORDER = [*PUBLISHED, "Ant-v5"]
+FEWEST = 3  # seeds below which there is no interval, and no verdict
 
 
 def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -100,14 +101,16 @@ def results_table() -> str:
                 continue
             values = numbers(runs)
             low, high = interval([values], mean_of_tasks)
-            cell = f"**{short(values.mean())}** ({short(low)} to {short(high)})"
-            if best is not None:
-                verdict = "ahead of" if low > best else "behind" if high < best else "level with"
-                ahead[algorithm][0] += verdict != "behind"
-                ahead[algorithm][1] += 1
-                cell += f", {verdict} {short(best)}"
+            cell = f"**{short(values.mean())}**"
+            if len(runs) >= FEWEST:
+                cell += f" ({short(low)} to {short(high)})"
+                if best is not None:
+                    verdict = "ahead of" if low > best else "behind" if high < best else "level with"
+                    ahead[algorithm][0] += verdict != "behind"
+                    ahead[algorithm][1] += 1
+                    cell += f", {verdict} {short(best)}"
             if len(runs) != 5:
-                cell += f"; {len(runs)} seeds"
+                cell += f"; {len(runs)} seed{'s' * (len(runs) > 1)}"
             cells.append(cell)
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
@@ -125,7 +128,7 @@ def aggregate_table() -> str:
         for env_id in env_ids:
             zero = numbers(rows["random", env_id]).mean()
             one = max(figure for figure in PUBLISHED[env_id].values() if figure is not None)
-            if runs := rows.get((algorithm, env_id)):
+            if len(runs := rows.get((algorithm, env_id), [])) >= FEWEST:
                 tasks.append((numbers(runs) - zero) / (one - zero))
         if tasks:
             low, high = interval(tasks, interquartile_mean)
