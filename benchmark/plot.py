@@ -315,7 +315,7 @@ def draw() -> None:
         axis.set_ylabel("training return")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(RESULTS / "curves.png", dpi=110)
 
 
