@@ -127,8 +127,8 @@ class Args:
     recompute_advantages: bool = False
     """Estimate the critic's targets anew before each of its epochs."""
     normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines] The scale changes
-    nothing, as the step always goes to the edge of the trust region."""
+    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]
+    Their scale does not change the step, which always goes to the edge of the trust region."""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
