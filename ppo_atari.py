@@ -47,6 +47,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# PyTorch reads it at import: its idle threads go to sleep after microseconds, not milliseconds, and leave the cores to
+# the emulators' threads.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
 import ale_py
 import gymnasium as gym
 import numpy as np
