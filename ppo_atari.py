@@ -117,8 +117,11 @@ class Args:
     """Leave the iteration after an epoch that has moved the mean KL beyond this. [Spinning Up]"""
     recompute_advantages: bool = False
     """Estimate the advantages anew with the current critic before every epoch: a pass over the batch each."""
+    center_advantages: bool = True
+    """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
+    about any of them. [OpenAI Baselines]"""
     normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]"""
+    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines]"""
     run_dir: Path | None = None
     """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
     checkpoint_interval: int = 10
@@ -310,8 +313,11 @@ def estimate_advantages(
     advantages, returns = compute_gae(
         rollout.rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
+    mean, std = advantages.mean(), advantages.std(correction=0)
+    if args.center_advantages:
+        advantages = advantages - mean
     if args.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        advantages = advantages / (std + 1e-8)
     return advantages.flatten(), returns.flatten()
 
 

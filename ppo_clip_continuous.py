@@ -114,9 +114,11 @@ class Args:
     """Leave the iteration after an epoch that has moved the mean KL beyond this. [Spinning Up]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
+    center_advantages: bool = False
+    """Subtract the batch's mean from the advantages. [OpenAI Baselines; the paper: not]"""
     normalize_advantages: bool = False
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines; the paper: not.
-    Those of a task that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
+    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines; the paper: not. Those of a task
+    that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
@@ -344,8 +346,11 @@ def estimate_advantages(
     advantages, returns = compute_gae(
         rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
+    mean, std = advantages.mean(), advantages.std(correction=0)
+    if args.center_advantages:
+        advantages = advantages - mean
     if args.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        advantages = advantages / (std + 1e-8)
     return advantages.flatten(), returns.flatten(), values.flatten()
 
 

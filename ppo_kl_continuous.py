@@ -117,9 +117,12 @@ class Args:
     """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
+    center_advantages: bool = True
+    """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
+    about any of them. [OpenAI Baselines]"""
     normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1, so that a beta weighs the same on
-    every task and all along a run. [OpenAI Baselines]"""
+    """Divide the batch's advantages by their standard deviation, so that a beta weighs the same on every task and all
+    along a run. [OpenAI Baselines]"""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
@@ -374,8 +377,11 @@ def estimate_advantages(
     advantages, returns = compute_gae(
         rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
+    mean, std = advantages.mean(), advantages.std(correction=0)
+    if args.center_advantages:
+        advantages = advantages - mean
     if args.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        advantages = advantages / (std + 1e-8)
     return advantages.flatten(), returns.flatten(), values.flatten()
 
 

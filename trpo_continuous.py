@@ -31,9 +31,9 @@ Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.054
 numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.02438.
 
 Where this file departs from the paper, each a field of `Args` with its reason: advantages by GAE with a
-learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, normalised observations,
-scaled rewards. Besides, a time limit is not a termination, and the environments are spread over the
-length of an episode (`Staggered`).
+learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, a longest step, centred
+advantages, normalised observations, scaled rewards. Besides, a time limit is not a termination, and the
+environments are spread over the length of an episode (`Staggered`).
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
@@ -98,6 +98,9 @@ class Args:
     """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     max_kl: float = 0.01
     """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
+    max_step_size: float = 5.0
+    """Take at most this many times the natural gradient, even where the trust region leaves room for more: of a solved
+    task's advantages little is left but noise, and steps of full length forget the task. [ACKTR, arXiv 1708.05144]"""
     line_search: bool = True
     """Shorten the step until the surrogate rises within the trust region; off: natural policy gradient."""
     backtrack_coef: float = 0.8
@@ -126,9 +129,12 @@ class Args:
     """Decay of the advantage estimator, in [0, 1]. [arXiv 2006.05990, sec. 3.4: 0.9; GAE paper: 0.92 to 0.99]"""
     recompute_advantages: bool = False
     """Estimate the critic's targets anew before each of its epochs."""
-    normalize_advantages: bool = True
-    """Shift and scale the batch's advantages to mean 0 and standard deviation 1. [OpenAI Baselines]
-    Their scale does not change the step, which always goes to the edge of the trust region."""
+    center_advantages: bool = True
+    """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
+    about any of them. [OpenAI Baselines]"""
+    normalize_advantages: bool = False
+    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines] This changes neither the step's
+    direction nor the edge of the trust region, but what max_step_size means."""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
@@ -359,9 +365,12 @@ def conjugate_gradient(
     return x
 
 
-def full_step(x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float) -> torch.Tensor:
-    """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C)."""
-    return (2.0 * max_kl / (x @ hessian_x)).sqrt() * x
+def full_step(
+    x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float, max_step_size: float = float("inf")
+) -> torch.Tensor:
+    """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C), or
+    max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144)."""
+    return (2.0 * max_kl / (x @ hessian_x)).sqrt().clamp(max=max_step_size) * x
 
 
 class Step(NamedTuple):
@@ -455,8 +464,11 @@ def estimate_advantages(
     advantages, returns = compute_gae(
         rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
+    mean, std = advantages.mean(), advantages.std(correction=0)
+    if args.center_advantages:
+        advantages = advantages - mean
     if args.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        advantages = advantages / (std + 1e-8)
     return advantages.flatten(), returns.flatten(), values.flatten()
 
 
@@ -489,7 +501,7 @@ def update_policy(
     # Step 4: conjugate gradient for H x = g. Step 5: the full step.
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
-    step = full_step(x, hessian_x, args.max_kl)
+    step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
 
     @torch.no_grad()
     def evaluate_at(theta: torch.Tensor) -> tuple[float, float]:

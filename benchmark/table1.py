@@ -26,7 +26,7 @@ TASKS = ["HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", 
 CLIP, KL = "ppo_clip_continuous.py", "ppo_kl_continuous.py"
 PAPER_SETTING = (
     "--num-envs 1 --num-steps 2048 --gae-lambda 0.95 --no-anneal-lr --no-recompute-advantages --init-log-std 0 "
-    "--no-normalize-observations --no-scale-rewards --normalize-advantages --max-grad-norm 1e9"
+    "--no-normalize-observations --no-scale-rewards --center-advantages --normalize-advantages --max-grad-norm 1e9"
 ).split()
 ROWS = {  # name: (what the paper calls it, its score, our command)
     "none": ("no clipping or penalty", -0.39, [KL, "--kl-coef", "0", "--no-adapt-kl-coef"]),

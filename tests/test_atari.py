@@ -96,7 +96,7 @@ def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
 
 def test_next_values_come_from_the_true_successors():
     """With advantages of one step (lambda 0) every target is r + gamma V(successor), game over or not."""
-    args = small(env_id="ALE/Breakout-v5", gae_lambda=0.0, normalize_advantages=False)
+    args = small(env_id="ALE/Breakout-v5", gae_lambda=0.0, center_advantages=False, normalize_advantages=False)
     steps, envs = 400, ppo_atari.make_envs(args)
     script = np.random.default_rng(0).integers(0, 4, (steps, args.num_envs))
     obs, _ = envs.reset(seed=5)

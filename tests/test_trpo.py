@@ -125,6 +125,12 @@ def test_full_step_reaches_the_edge_of_the_quadratic_trust_region():
     torch.testing.assert_close(step / step.norm(), x / x.norm())
 
 
+def test_full_step_is_bounded_where_the_trust_region_leaves_more_room():
+    x, hessian = torch.tensor([3.0, 4.0]), 2.0 * torch.eye(2)  # xᵀHx = 50, so sqrt(2δ / xᵀHx) = 0.02 for δ = 0.01
+    torch.testing.assert_close(trpo.full_step(x, hessian @ x, 0.01, max_step_size=0.005), 0.005 * x)
+    torch.testing.assert_close(trpo.full_step(x, hessian @ x, 0.01, max_step_size=0.05), 0.02 * x)
+
+
 # (improvement, KL) of each try in turn; index of the first that is acceptable at δ = 0.01, None for none
 @pytest.mark.parametrize(
     "tries, accepted",
