@@ -126,6 +126,20 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
+def atari_table() -> str:
+    """One row a run of ppo_atari.py with its default schedule."""
+    lines = ["| game | seed | steps | last 100 games | 10 games of the policy that came out |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for (algorithm, env_id), runs in sorted(summary().items()):
+        if algorithm == "ppo_atari":
+            for run in runs:
+                lines.append(
+                    f"| {env_id} | {run['seed']} | {float(run['total_timesteps']) / 1e6:.1f}M "
+                    f"| **{float(run['train_last_100']):.1f}** | {run['evaluation_mean']} ± {run['evaluation_std']} |"
+                )
+    return "\n".join(lines)
+
+
 def aggregate_table() -> str:
     """Interquartile mean over tasks and seeds; 0 is a random policy, 1 the best published of all algorithms."""
     rows = summary()
@@ -236,6 +250,7 @@ def time_table() -> str:
 
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
     (ROOT / "README.md", "results"): results_table,
+    (ROOT / "README.md", "Atari"): atari_table,
     (ROOT / "benchmark" / "README.md", "aggregate"): aggregate_table,
     (ROOT / "benchmark" / "README.md", "peers"): peers_table,
     (ROOT / "benchmark" / "README.md", "runs"): seeds_table,
