@@ -31,9 +31,9 @@ Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.054
 numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.02438.
 
 Where this file departs from the paper, each a field of `Args` with its reason: advantages by GAE with a
-learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, a longest step, centred
-advantages, normalised observations, scaled rewards. Besides, a time limit is not a termination, and the
-environments are spread over the length of an episode (`Staggered`).
+learned critic (Adam on minibatches) instead of Monte Carlo sums, damping of H, normalised observations,
+scaled rewards. Besides, a time limit is not a termination, and the environments are spread over the
+length of an episode (`Staggered`).
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
@@ -98,9 +98,10 @@ class Args:
     """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     max_kl: float = 0.01
     """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
-    max_step_size: float = 5.0
+    max_step_size: float | None = None
     """Take at most this many times the natural gradient, even where the trust region leaves room for more: of a solved
-    task's advantages little is left but noise, and steps of full length forget the task. [ACKTR, arXiv 1708.05144]"""
+    task's advantages little is left but noise, and steps of full length forget the task. Means something with
+    --no-normalize-advantages only. [ACKTR, arXiv 1708.05144]"""
     line_search: bool = True
     """Shorten the step until the surrogate rises within the trust region; off: natural policy gradient."""
     backtrack_coef: float = 0.8
@@ -132,9 +133,9 @@ class Args:
     center_advantages: bool = True
     """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
     about any of them. [OpenAI Baselines]"""
-    normalize_advantages: bool = False
-    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines] This changes neither the step's
-    direction nor the edge of the trust region, but what max_step_size means."""
+    normalize_advantages: bool = True
+    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines] Changes neither the direction of
+    the step nor, without max_step_size, its length."""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
     scale_rewards: bool = True
@@ -366,11 +367,14 @@ def conjugate_gradient(
 
 
 def full_step(
-    x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float, max_step_size: float = float("inf")
+    x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float, max_step_size: float | None = None
 ) -> torch.Tensor:
     """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C), or
     max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144)."""
-    return (2.0 * max_kl / (x @ hessian_x)).sqrt().clamp(max=max_step_size) * x
+    step_size = (2.0 * max_kl / (x @ hessian_x)).sqrt()
+    if max_step_size is not None:
+        step_size = step_size.clamp(max=max_step_size)
+    return step_size * x
 
 
 class Step(NamedTuple):
