@@ -251,9 +251,8 @@ def test_a_restored_run_is_the_saved_one(script, batch, tmp_path, monkeypatch):
 def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(script, tmp_path):
     """Reward 1 for ever at γ = 0.9 is worth 10. Taking the time limit for an end would give at most 8.8, and less
     on average: 5.6."""
-    args = script.Args(
-        env_id="toy_envs:Endless-v0", gamma=0.9, total_timesteps=61_440, run_dir=tmp_path / "a", eval_episodes=1
-    )
+    options = {"total_timesteps": 24_576, "num_minibatches": 8, "learning_rate": 1e-3, "eval_episodes": 1}
+    args = script.Args(env_id="toy_envs:Endless-v0", gamma=0.9, run_dir=tmp_path / "a", **options)
     script.train(args)
     checkpoint = script.load_checkpoint(tmp_path / "a")
     agent = script.Agent(*(env := script.make_env(args.env_id)) and (env.observation_space, env.action_space))
