@@ -180,11 +180,16 @@ class Agent(nn.Module):
         self.actor = orthogonal(nn.Linear(512, int(action_space.n)), gain=0.01)
         self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
 
+    def pixels(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs [batch, 4, 84, 84], bytes, in [0, 1] and in the layout and precision that the convolutions take."""
+        obs = obs.contiguous(memory_format=torch.channels_last)  # while they are bytes: the cheapest moment
+        return obs.to(torch.bfloat16 if self.bfloat16 else torch.float32).div_(255.0)
+
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """[batch, 512] in float32 for obs [batch, 4, 84, 84], bytes."""
+        """[batch, 512] in float32 for obs [batch, 4, 84, 84], bytes or already the `pixels` of them."""
+        pixels = self.pixels(obs) if obs.dtype == torch.uint8 else obs
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
-            pixels = obs.contiguous(memory_format=torch.channels_last)  # while they are bytes: the cheapest moment
-            return self.trunk(pixels.to(torch.bfloat16 if self.bfloat16 else torch.float32) / 255.0).float()
+            return self.trunk(pixels).float()
 
     def distribution(self, obs: torch.Tensor) -> Distribution:
         """π(·|obs): a categorical over the actions for each row of obs [batch, 4, 84, 84]."""
@@ -350,8 +355,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     `gradient` is `loss_gradient` or its compiled form. Returns the scalars for the log, taken over the
     last minibatch after its own step.
     """
-    obs = rollout.obs.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # once for all passes
-    actions = rollout.actions.flatten(0, 1)
+    obs, actions = agent.pixels(rollout.obs.flatten(0, 1)), rollout.actions.flatten(0, 1)  # pixels once for all passes
+    images = obs.permute(0, 2, 3, 1)  # each in one piece of memory: index_select copies such rows faster than obs[rows]
     parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
     old_log_probs, old_values = rollout.log_probs.flatten(), rollout.values.flatten()
     advantages, returns = estimate_advantages(agent, rollout, old_values, args)
@@ -362,7 +367,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
             with torch.no_grad():
                 advantages, returns = estimate_advantages(agent, rollout, agent.value(obs), args)
         for rows in torch.randperm(len(obs), device=obs.device).split(minibatch_size):
-            minibatch = [x[rows] for x in (obs, actions, old_log_probs, advantages, returns, old_values)]
+            minibatch = [images.index_select(0, rows).permute(0, 3, 1, 2)]
+            minibatch += [x[rows] for x in (actions, old_log_probs, advantages, returns, old_values)]
             for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
                 parameter.grad = grad
             optimizer.step()
