@@ -108,6 +108,8 @@ def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple
             parts[-1] += f" ({short(low)} to {short(high)})"
             if bold:
                 verdict = "ahead of" if low > best else "behind" if high < best else "level with"
+                if verdict == "level with" and low < best - 0.5 * abs(best):
+                    verdict = "undecided beside"  # an interval as wide as this contains almost anything
                 parts[-1] += f", {verdict} {short(best)}"
     if runs and len(runs) != 5:
         parts.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}")
@@ -129,7 +131,7 @@ def results_table() -> str:
             verdicts[algorithm] += [verdict] if verdict else []
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
-    counts = [f"{sum(v != 'behind' for v in verdicts[a])} of {len(verdicts[a])}" for a in NAMES]
+    counts = [f"{sum(v in ('ahead of', 'level with') for v in verdicts[a])} of {len(verdicts[a])}" for a in NAMES]
     lines.append("| ahead or level | " + " | ".join(counts) + " |")
     cells = [cell(rows.get((f"{algorithm}_gamma", "Swimmer-v5"), []), None, "")[0] for algorithm in NAMES]
     if any(cells):
