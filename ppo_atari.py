@@ -183,7 +183,7 @@ class Agent(nn.Module):
     def pixels(self, obs: torch.Tensor) -> torch.Tensor:
         """obs [batch, 4, 84, 84], bytes, in [0, 1] and in the layout and precision that the convolutions take."""
         obs = obs.contiguous(memory_format=torch.channels_last)  # while they are bytes: the cheapest moment
-        return obs.to(torch.bfloat16 if self.bfloat16 else torch.float32).div_(255.0)
+        return obs.to(torch.bfloat16 if self.bfloat16 else torch.float32).div_(255.0)  # in place: `to` made a copy
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """[batch, 512] in float32 for obs [batch, 4, 84, 84], bytes or already the `pixels` of them."""

@@ -134,6 +134,7 @@ def test_the_agent_keeps_its_contract_and_ratios_start_at_1(bfloat16):
     assert distribution.probs.shape == (128, 6) and agent.value(obs).shape == (128,)
     together, values = agent.both(obs)
     assert together.logits.equal(distribution.logits) and values.equal(agent.value(obs))
+    assert agent.distribution(agent.pixels(obs)).logits.equal(distribution.logits)  # converted before or within
     actions, rows = distribution.sample(), torch.randperm(128)[:32]
     minibatch = agent.distribution(obs[rows]).log_prob(actions[rows])
     # On some processors a smaller batch goes through another matrix kernel, which sums in another order.
