@@ -702,9 +702,11 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
     """Raw returns [num_episodes] of the policy's mean action; agent and statistics stay as they are.
 
-    With video_dir the first episode is recorded there as an mp4.
+    A task without a time limit gets one of 10,000 steps. With video_dir the first episode is recorded there as an mp4.
     """
     env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
+    if env.spec.max_episode_steps is None:  # nothing else might end an episode of a policy that never fails
+        env = gym.wrappers.TimeLimit(env, 10_000)
     if video_dir:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
     returns = np.zeros(num_episodes)

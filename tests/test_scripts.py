@@ -261,6 +261,12 @@ def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(s
     assert value == pytest.approx(10.0, rel=0.05)
 
 
+def test_the_evaluation_of_a_task_that_nothing_ends_comes_to_an_end(script):
+    env = script.make_env("toy_envs:Limitless-v0")
+    agent = script.Agent(env.observation_space, env.action_space)
+    assert script.evaluate(agent, "toy_envs:Limitless-v0", num_episodes=1, seed=1).tolist() == [10_000.0]
+
+
 def test_flattened_observations_and_shaped_actions(script, tmp_path):
     script.train(quick(script, tmp_path / "a", env_id="toy_envs:Odd-v0"))
     assert script.load_checkpoint(tmp_path / "a")["agent"]["obs_stats.mean"].tolist() == [7.0] * 6 + [0.0, 1.0, 0.0]

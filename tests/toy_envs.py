@@ -55,6 +55,7 @@ class Odd(gym.Env):
 
 
 gym.register("Endless-v0", Endless, max_episode_steps=20)
+gym.register("Limitless-v0", Endless)
 gym.register("NanReward-v0", Spoiled, max_episode_steps=20, kwargs={"what": "reward"})
 gym.register("InfiniteObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "observation"})
 gym.register("Odd-v0", Odd, max_episode_steps=10)
