@@ -79,9 +79,9 @@ class Args:
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
     """Environment steps of the whole run, all environments together."""
-    num_envs: int = 8
+    num_envs: int = 16
     """Environments stepped side by side. [OpenAI Baselines: MPI workers]"""
-    num_steps: int = 128
+    num_steps: int = 64
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [Tianshou: 1024 in all]"""
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments one after the other, or each in a process of its own; on 2 cores sync is faster."""
@@ -96,6 +96,9 @@ class Args:
     """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: one layer of 30 to 50]"""
     init_log_std: float = -0.5
     """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
+    min_log_std: float = -2.0
+    """Least value of it: the trust region is measured in standard deviations, so where these become small the mean can
+    hardly move any more, and what such a policy gets wrong stays wrong. [benchmark/README.md]"""
     max_kl: float = 0.01
     """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
     max_step_size: float | None = None
@@ -158,6 +161,7 @@ class Args:
 LIMITS = {  # inclusive; a number that is not named here must be positive
     "seed": (0, 2**62),
     "init_log_std": (-10.0, 10.0),
+    "min_log_std": (-10.0, 10.0),
     "gamma": (0.0, 1.0),
     "gae_lambda": (0.0, 1.0),
     "backtrack_coef": (0.01, 0.99),
@@ -506,6 +510,8 @@ def update_policy(
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
+    log_std = theta_old[-len(agent.actor_log_std) :]  # the last parameters; no step takes them below their floor
+    step[-len(log_std) :].clamp_(min=args.min_log_std - log_std)
 
     @torch.no_grad()
     def evaluate_at(theta: torch.Tensor) -> tuple[float, float]:
@@ -597,6 +603,8 @@ def train(args: Args) -> Path:
     FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
     """
     check_args(args)
+    if args.min_log_std > args.init_log_std:
+        raise RefusedError(f"min_log_std: {args.min_log_std} was given, but it must be at most init_log_std")
     envs = make_envs(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)

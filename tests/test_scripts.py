@@ -97,8 +97,9 @@ def quick(script, run_dir, **changes):
     return script.Args(**{**defaults, **changes})
 
 
-def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path):
-    out = run(name, "--env-id", "Pendulum-v1", "--total-timesteps", 2 * batch, "--eval-episodes", 2, cwd=tmp_path)
+def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
+    batch, sizes = 4 * 256, ["--num-envs", 4, "--num-steps", 256, "--total-timesteps", 2 * 4 * 256]
+    out = run(name, "--env-id", "Pendulum-v1", *sizes, "--eval-episodes", 2, cwd=tmp_path)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"Pendulum-v1__{name}_continuous__1__\d{{8}}-\d{{6}}", run_dir.name)
     assert json.loads((run_dir / "args.json").read_text())["env_id"] == "Pendulum-v1"
@@ -111,8 +112,8 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, batch, tmp_path
     assert COMMON_SCALARS | OWN_SCALARS[name] == logged.keys()
     assert [step for step, _ in logged["losses/value_loss"]] == [batch, 2 * batch, 3 * batch, 4 * batch]
     assert script.load_checkpoint(run_dir)["global_step"] == 4 * batch
-    # 8 environments; number i cuts an episode at 25 i steps and then plays 200 at a time, anew after the resume
-    whole = sum((2 * batch // 8 - 25 * i) // 200 for i in range(8))
+    # Environment i cuts an episode at 50 i steps and then plays 200 at a time, anew after the resume.
+    whole = sum((2 * 256 - 50 * i) // 200 for i in range(4))
     assert len(logged["charts/episodic_return"]) == 2 * whole
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
@@ -319,7 +320,11 @@ REFUSALS = [
 OWN_REFUSALS = {
     "ppo_clip": [(["--learning-rate", "0"], "learning_rate: 0.0"), (["--clip-coef", "-1"], "clip_coef: -1.0")],
     "ppo_kl": [(["--learning-rate", "inf"], "learning_rate: inf"), (["--target-kl", "0"], "target_kl: 0.0")],
-    "trpo": [(["--max-kl", "0"], "max_kl: 0.0"), (["--backtrack-coef", "1"], "backtrack_coef: 1.0")],
+    "trpo": [
+        (["--max-kl", "0"], "max_kl: 0.0"),
+        (["--backtrack-coef", "1"], "backtrack_coef: 1.0"),
+        (["--min-log-std", "0"], "min_log_std: 0.0 was given, but it must be at most init_log_std"),
+    ],
 }
 if not torch.cuda.is_available():
     REFUSALS.append((["--device", "cuda"], "device: cuda was given, but it must be cpu or auto"))

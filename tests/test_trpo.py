@@ -191,6 +191,23 @@ def test_without_line_search_the_parameters_move_by_exactly_the_full_step(monkey
     assert not skipped and theta_of(agent).equal(theta + steps[0])
 
 
+@pytest.mark.parametrize("line_search", [True, False])
+def test_no_update_makes_the_policy_narrower_than_its_floor(line_search):
+    """And the KL of an update is that of the policy which the floor leaves, not of the step that was cut."""
+    agent, obs, actions, advantages = learnable_batch()
+    args = trpo.Args(min_log_std=-0.52, line_search=line_search)
+    with torch.no_grad():  # only a narrower policy is better than this one, in its second action alone
+        advantages = -((actions - agent.distribution(obs).mean)[:, 1] ** 2)
+    for _ in range(3):
+        old = agent.distribution(obs)
+        metrics, skipped = trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
+        kl = float(trpo.mean_kl(old, agent.distribution(obs)))
+        assert not skipped and metrics["losses/kl"] == pytest.approx(kl, rel=1e-4)
+        assert metrics["charts/step_norm"] > 0
+    first, second = agent.actor_log_std.tolist()
+    assert second == pytest.approx(-0.52) and first > -0.52
+
+
 def zero_advantages(agent, obs, actions, advantages):
     advantages.zero_()
 
