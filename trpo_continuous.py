@@ -79,9 +79,9 @@ class Args:
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
     """Environment steps of the whole run, all environments together."""
-    num_envs: int = 16
+    num_envs: int = 8
     """Environments stepped side by side. [OpenAI Baselines: MPI workers]"""
-    num_steps: int = 64
+    num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [Tianshou: 1024 in all]"""
     vectorization: Literal["sync", "async"] = "sync"
     """Step the environments one after the other, or each in a process of its own; on 2 cores sync is faster."""
