@@ -28,7 +28,7 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "ppo_clip": ["ppo_clip_continuous.py"],
     "ppo_kl": ["ppo_kl_continuous.py"],
     "trpo": ["trpo_continuous.py"],
-    "npg": ["trpo_continuous.py", "--no-line-search"],
+    "npg": ["trpo_continuous.py", "--no-line-search", "--min-log-std", "-10"],  # the bare step, without floor
     "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef"],
     # For Swimmer alone, where sb3-contrib's TRPO has 359 with this gamma.
     "ppo_clip_gamma": ["ppo_clip_continuous.py", "--gamma", "0.9999"],
