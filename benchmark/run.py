@@ -99,7 +99,8 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if process.returncode != 0:
-        return f"{algorithm} {name}: FAILED with status {process.returncode}: {process.stderr.splitlines()[-1]}"
+        message = (process.stderr.splitlines() or ["killed"])[-1]
+        return f"{algorithm} {name}: FAILED with status {process.returncode}: {message}"
     evaluation = re.search(r"evaluation: (\S+) ± (\S+) over", process.stdout)
     episodes = episodes_of(run_dir)
     packages = ["torch", "gymnasium", "mujoco", "numpy", *([] if ours else ["stable-baselines3", "sb3-contrib"])]
