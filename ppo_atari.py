@@ -24,12 +24,14 @@ stay bytes until they reach the network.
 Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation
 numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438, the network that of Mnih et
 al. 2015. The games follow the literature's protocol: every fourth frame, the larger of its last two
-pixels, 84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed where a game
-waits for it, at most 108,000 frames. A lost life ends the learning episode, the game goes on. Rewards
-are learned from by their sign. Reported returns are raw scores of full games.
+pixels, 84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once at the
+start of a game that has it, at most 108,000 frames. A lost life ends the learning episode, the game goes
+on. Rewards are learned from by their sign. Reported returns are raw scores of full games.
 
-Where this file departs from the paper, each a field of `Args` with its reason: 4 epochs, value weight 0.5,
-a clip range that stays, advantages normalised, the gradient's norm clipped (all as CleanRL).
+Where this file departs from the paper, each a field of `Args` with its reason: 4 epochs, value weight 0.25
+(CleanRL's 0.5 on half the square), a clip range that stays, advantages normalised, the gradient's norm
+clipped (all as CleanRL; over the batch where it normalises each minibatch). The network is that of Mnih et al.
+2015, as CleanRL and Baselines have it, where the paper cites a smaller one of 2016.
 
     python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 3000000
     python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000
@@ -81,13 +83,17 @@ class Args:
     num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 5]"""
     repeat_action_probability: float = 0.0
-    """Sticky actions: how likely the emulator repeats the last action. [Machado et al. 2018: 0.25; papers before: 0]"""
+    """Sticky actions: how likely the emulator repeats the last action in training; evaluation has none.
+    [Machado et al. 2018: 0.25; papers before: 0]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network lives; auto is the GPU where there is one."""
     num_threads: int = os.cpu_count() or 1
     """CPU threads of PyTorch and of the emulators; by default one a core."""
-    bfloat16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    """Convolutions in bfloat16, about twice as fast; by default where this processor has instructions for it."""
+    bfloat16: bool = torch.backends.mkldnn.is_available() and any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+    """Convolutions in bfloat16, about twice as fast where the processor has instructions for it, and by default only
+    there: elsewhere it is emulated, and slower than float32."""
     compile: bool = False
     """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
 
@@ -293,11 +299,11 @@ def collect(
         action = distribution.sample()
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         global_step += envs.num_envs
-        successor, done = next_obs, terminated | truncated
-        if done.any():  # where the game is over, next_obs is already the beginning of the next one
+        successor, done, game_over = next_obs, terminated | truncated, infos["game_over"]
+        if game_over.any():  # next_obs is already the beginning of the next one; after a lost life it is not
             successor = next_obs.copy()
-            successor[done] = infos["final_obs"][done]
-        for i in np.flatnonzero(infos["game_over"]):
+            successor[game_over] = infos["final_obs"][game_over]
+        for i in np.flatnonzero(game_over):
             episodes.append((global_step, float(infos["score"][i]), int(infos["length"][i])))
         last_obs.append(successor if t == num_steps - 1 else successor[done])
         log_prob = distribution.log_prob(action)
@@ -415,8 +421,8 @@ def train(args: Args) -> Path:
     with Run(args, agent=agent, optimizer=optimizer) as run:
         obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
         while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
+            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
             metrics = update(agent, optimizer, rollout, args, gradient)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -495,6 +501,15 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     return FullGames(envs)
 
 
+class FireReset(gym.Wrapper):
+    """Presses FIRE once at the start of a game that has it, as the emulator's vector environment does."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        meanings = self.unwrapped.get_action_meanings()
+        return self.env.step(meanings.index("FIRE"))[::4] if "FIRE" in meanings else (obs, info)
+
+
 def make_env(env_id: str, render_mode: str | None = None, video_dir: Path | None = None) -> gym.Env:
     """One game, played to its end, with the same preprocessing; video_dir records the first game in colour."""
     game_of(env_id)
@@ -502,9 +517,9 @@ def make_env(env_id: str, render_mode: str | None = None, video_dir: Path | None
         env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, render_mode=render_mode)
     except gym.error.Error as error:
         raise RefusedError(f"env_id: {env_id!r} cannot be made ({error})") from error
-    if video_dir:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
-    env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=84)
+    env = gym.wrappers.AtariPreprocessing(FireReset(env), noop_max=30, frame_skip=4, screen_size=84)
+    if video_dir:  # one picture a step: a game of 108,000 frames must fit into memory
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, fps=15, disable_logger=True)
     return gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
 
 
@@ -558,14 +573,13 @@ class Run:
             self.run_dir = args.resume
             self.restore(load_checkpoint(args.resume))
         else:
-            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.run_dir = args.run_dir or Path("runs") / name.replace("/", "-").replace(":", "-")
+            self.run_dir = args.run_dir or free_run_dir(args)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+            (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
         except OSError as error:
-            raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
-        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
-        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
@@ -603,9 +617,7 @@ class Run:
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
     def restore(self, checkpoint: dict) -> None:
-        for name in FIXED:
-            if getattr(self.args, name) != checkpoint["args"][name]:
-                raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
+        check_fixed(self.args, checkpoint["args"])
         self.global_step = checkpoint["global_step"]
         self.recent_returns.extend(checkpoint["recent_returns"])
         for name, part in self.parts.items():
@@ -631,6 +643,21 @@ class Run:
         if self.stop_signal and error is None:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
             sys.exit(128 + self.stop_signal)
+
+
+def free_run_dir(args: Args) -> Path:
+    """Makes runs/<env>__<script>__<seed>__<time>; a number follows where a run of the same second has that."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
+    run_dir, number = Path("runs") / name, 1
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:  # asked by trying, as two runs may ask at once
+            number += 1
+            run_dir = Path("runs") / f"{name}-{number}"
+        except OSError as error:
+            raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
 
 
 def plain(args: Args) -> dict:
@@ -661,7 +688,7 @@ def load_checkpoint(run_dir: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = checkpoint["script"], checkpoint["args"]
-        if not {"global_step", "recent_returns", "agent", "torch_rng", "cuda_rng"} <= checkpoint.keys():
+        if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
         saved_names = set(saved_args)
     except Exception as error:
@@ -671,6 +698,14 @@ def load_checkpoint(run_dir: Path) -> dict:
     if saved_names != {field.name for field in fields(Args)}:
         raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
     return checkpoint
+
+
+def check_fixed(args: Args, saved: dict) -> None:
+    """Raises RefusedError where args would make another task or agent of a saved run; its seed may change for
+    evaluation, which then plays other episodes."""
+    for name in FIXED:
+        if getattr(args, name) != saved[name] and not (args.evaluate and name == "seed"):
+            raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved[name]!r}, which stays")
 
 
 def check_args(args: Args) -> None:
@@ -722,9 +757,13 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if args.evaluate:
             check_args(args)
+            checkpoint = load_checkpoint(args.evaluate)
+            check_fixed(args, checkpoint["args"])
             env = make_env(args.env_id)
-            agent = Agent(env.observation_space, env.action_space, args.bfloat16)
-            agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+            torch.set_num_threads(args.num_threads)
+            device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+            agent = Agent(env.observation_space, env.action_space, args.bfloat16).to(device)
+            agent.load_state_dict(checkpoint["agent"])
             report_evaluation(agent, args, args.evaluate)
         else:
             train(args)
@@ -734,6 +773,9 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training
+        print(f"{SCRIPT}: stopped; what was saved is complete", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

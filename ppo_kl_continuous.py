@@ -102,7 +102,8 @@ class Args:
     gae_lambda: float = 0.95
     """Decay of the advantage estimator, in [0, 1]. [paper, table 3; arXiv 2006.05990, sec. 3.4: 0.9]"""
     kl_coef: float = 1.0
-    """β of eq. 8 at the start. [paper, sec. 4: not important, as it adapts quickly]"""
+    """β of eq. 8 at the start; a resumed run that adapts it goes on from its own. [paper, sec. 4: not important, as it
+    adapts quickly]"""
     adapt_kl_coef: bool = True
     """Double or halve β after an iteration whose KL is far from target_kl; off: the fixed β of sec. 4."""
     target_kl: float = 0.02
@@ -124,7 +125,8 @@ class Args:
     """Divide the batch's advantages by their standard deviation, so that a beta weighs the same on every task and all
     along a run. [OpenAI Baselines]"""
     normalize_observations: bool = True
-    """Shift and scale observations by their running mean and standard deviation. [arXiv 2006.05990, sec. 3.3]"""
+    """Shift and scale observations by their running mean and standard deviation, and keep them within ±10.
+    [arXiv 2006.05990, sec. 3.3; the bound: OpenAI Baselines]"""
     scale_rewards: bool = True
     """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
 
@@ -160,8 +162,9 @@ FIXED = ("env_id", "seed", "hidden_size")  # a resumed run keeps these
 class RunningMeanStd(nn.Module):
     """Mean and variance of all the data seen so far, in buffers, so that a checkpoint carries them."""
 
-    def __init__(self, shape: tuple[int, ...] = ()):
+    def __init__(self, shape: tuple[int, ...] = (), limit: float = 10.0):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -181,8 +184,8 @@ class RunningMeanStd(nn.Module):
         self.scale.copy_(torch.rsqrt(self.var + 1e-8))
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., *shape] in standard deviations from the mean, within ±10."""
-        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+        """x [..., *shape] in standard deviations from the mean, within ± the limit."""
+        return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
 class RewardScaler(RunningMeanStd):
@@ -213,13 +216,18 @@ def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Actor and critic without shared parameters (paper, sec. 6.1), and the statistics of what they observe.
+    """Actor and critic without shared parameters (PPO paper, sec. 6.1), and the statistics of what they observe.
 
     Takes the single environment's spaces: a flat Box of observations, a Box of actions of any shape.
     """
 
     def __init__(
-        self, observation_space: gym.Space, action_space: gym.Space, hidden_size: int = 64, init_log_std: float = -0.5
+        self,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        hidden_size: int = 64,
+        init_log_std: float = -0.5,
+        normalize_observations: bool = True,
     ):
         super().__init__()
         obs_size, action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
@@ -227,7 +235,8 @@ class Agent(nn.Module):
         self.actor_mean = mlp([obs_size, hidden_size, hidden_size, action_size], last_gain=0.01)
         self.actor_log_std = nn.Parameter(torch.full((action_size,), init_log_std))
         self.critic = mlp([obs_size, hidden_size, hidden_size, 1], last_gain=1.0)
-        self.obs_stats = RunningMeanStd((obs_size,))
+        # Statistics that `train` never updates change nothing, and then nothing is to be cut off either.
+        self.obs_stats = RunningMeanStd((obs_size,), limit=10.0 if normalize_observations else float("inf"))
         self.register_buffer("kl_coef", torch.tensor(1.0))  # β; a buffer, so that a checkpoint carries it
 
     def distribution(self, obs: torch.Tensor) -> Distribution:
@@ -341,14 +350,14 @@ def collect(
     Raises FloatingPointError at the first NaN or infinity that an environment returns.
     """
     action_space, device = envs.single_action_space, agent.actor_log_std.device
-    steps, episodes = [], []
+    obs, steps, episodes = obs.astype(np.float32), [], []
     for _ in range(num_steps):
-        obs = obs.astype(np.float32)
         action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
         # Only the environment sees the clipped action: its log-probability would be another density's.
         env_action = action.reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
         next_obs, reward, terminated, truncated, infos = envs.step(env_action)
         global_step += envs.num_envs
+        next_obs, reward = next_obs.astype(np.float32), reward.astype(np.float32)
         successor, done = next_obs, terminated | truncated
         if done.any():  # these environments have already started their next episode; next_obs is its beginning
             successor = next_obs.copy()
@@ -359,7 +368,7 @@ def collect(
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
             what = "an observation" if np.isfinite(reward).all() else "a reward"
             raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
-        steps.append((obs, action, reward.astype(np.float32), successor.astype(np.float32), terminated, done))
+        steps.append((obs, action, reward, successor, terminated, done))
         obs = next_obs
     rollout = Rollout(*(torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)))
     return rollout, obs, episodes
@@ -468,8 +477,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.hidden_size, args.init_log_std)
-    agent.to(device).kl_coef.fill_(args.kl_coef)
+    spaces = envs.single_observation_space, envs.single_action_space
+    agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
+    agent.kl_coef.fill_(args.kl_coef)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     reward_scaler = RewardScaler().to(device)
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
@@ -478,10 +488,12 @@ def train(args: Args) -> Path:
     batch_size = args.num_envs * args.num_steps
     discounted_returns = torch.zeros(args.num_envs, device=device)
     with Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
+        if not args.adapt_kl_coef:  # an adaptive β goes on from where the checkpoint has it
+            agent.kl_coef.fill_(args.kl_coef)
         obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
         while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - run.global_step / args.total_timesteps)
+            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
             rewards = rollout.rewards
             if args.scale_rewards:
@@ -517,17 +529,20 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 # Gymnasium 1.4 takes a camera that stands still, and HalfCheetah runs out of its picture.
                 env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
             env.render()
-    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # an environment is other people's code
         hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
         what = "made" if render_mode is None else "made for --capture-video"
-        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({error}){hint}") from error
-    if not isinstance(env.action_space, gym.spaces.Box):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason}){hint}") from error
+    if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
         hint = "ppo_atari.py plays Atari games; " if "NoFrameskip" in env_id or env_id.startswith("ALE/") else ""
         raise RefusedError(
             f"env_id: {env_id} has the action space {env.action_space}, but this script needs continuous actions "
-            f"(a Box); {hint or 'none of the four scripts fits, '}HalfCheetah-v5 and Pendulum-v1 would work"
+            f"(a Box of floats); {hint or 'none of the four scripts fits, '}HalfCheetah-v5 and Pendulum-v1 would work"
         )
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        if not env.observation_space.is_np_flattenable:
+            raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but this script needs a vector")
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -540,11 +555,14 @@ class Staggered(gym.Wrapper):
         super().__init__(env)
         self.steps = steps
 
+    # Training reads nothing of info but "cut"; the vector environment would merge the rest key by key at every step.
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {}
+
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.steps -= 1
-        cut = self.steps == 0
-        # Training reads nothing else of info, which the vector environment would merge key by key at every step.
+        cut = self.steps == 0 and not (terminated or truncated)
         return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
 
 
@@ -552,7 +570,11 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
 
+    script = os.getpid()
+
     def make(i: int) -> gym.Env:
+        if os.getpid() != script and os.name == "posix":  # in a process of its own
+            os.setpgrp()  # Ctrl-C and the signals of a scheduler go to a group; they are for the script alone
         env = make_env(args.env_id)
         return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
 
@@ -617,14 +639,13 @@ class Run:
             self.run_dir = args.resume
             self.restore(load_checkpoint(args.resume))
         else:
-            name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-            self.run_dir = args.run_dir or Path("runs") / name.replace("/", "-").replace(":", "-")
+            self.run_dir = args.run_dir or free_run_dir(args)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+            (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
         except OSError as error:
-            raise RefusedError(f"run_dir: {self.run_dir} cannot be made ({error.strerror})") from error
-        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
-        (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
@@ -662,9 +683,7 @@ class Run:
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
     def restore(self, checkpoint: dict) -> None:
-        for name in FIXED:
-            if getattr(self.args, name) != checkpoint["args"][name]:
-                raise RefusedError(f"{name}: the run in {self.run_dir} has {checkpoint['args'][name]!r}, which stays")
+        check_fixed(self.args, checkpoint["args"])
         self.global_step = checkpoint["global_step"]
         self.recent_returns.extend(checkpoint["recent_returns"])
         for name, part in self.parts.items():
@@ -690,6 +709,21 @@ class Run:
         if self.stop_signal and error is None:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
             sys.exit(128 + self.stop_signal)
+
+
+def free_run_dir(args: Args) -> Path:
+    """Makes runs/<env>__<script>__<seed>__<time>; a number follows where a run of the same second has that."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
+    run_dir, number = Path("runs") / name, 1
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:  # asked by trying, as two runs may ask at once
+            number += 1
+            run_dir = Path("runs") / f"{name}-{number}"
+        except OSError as error:
+            raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
 
 
 def plain(args: Args) -> dict:
@@ -720,7 +754,7 @@ def load_checkpoint(run_dir: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = checkpoint["script"], checkpoint["args"]
-        if not {"global_step", "recent_returns", "agent", "torch_rng", "cuda_rng"} <= checkpoint.keys():
+        if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
         saved_names = set(saved_args)
     except Exception as error:
@@ -730,6 +764,14 @@ def load_checkpoint(run_dir: Path) -> dict:
     if saved_names != {field.name for field in fields(Args)}:
         raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
     return checkpoint
+
+
+def check_fixed(args: Args, saved: dict) -> None:
+    """Raises RefusedError where args would make another task or agent of a saved run; its seed may change for
+    evaluation, which then plays other episodes."""
+    for name in FIXED:
+        if getattr(args, name) != saved[name] and not (args.evaluate and name == "seed"):
+            raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved[name]!r}, which stays")
 
 
 def check_args(args: Args) -> None:
@@ -781,9 +823,14 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if args.evaluate:
             check_args(args)
+            checkpoint = load_checkpoint(args.evaluate)
+            check_fixed(args, checkpoint["args"])
             env = make_env(args.env_id)
-            agent = Agent(env.observation_space, env.action_space, args.hidden_size)
-            agent.load_state_dict(load_checkpoint(args.evaluate)["agent"])
+            torch.set_num_threads(args.num_threads)
+            spaces = env.observation_space, env.action_space
+            device = torch.device("cuda" if args.device == "cuda" else "cpu")
+            agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
+            agent.load_state_dict(checkpoint["agent"])
             report_evaluation(agent, args, args.evaluate)
         else:
             train(args)
@@ -793,6 +840,9 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training
+        print(f"{SCRIPT}: stopped; what was saved is complete", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -85,10 +85,12 @@ def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
     envs = ppo_atari.make_envs(args)
     obs, _ = envs.reset(seed=5)
     first = obs.copy()
-    rollout, last, _ = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
+    rollout, last, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
     assert rollout.obs.dtype == torch.uint8 and rollout.obs[0].equal(torch.as_tensor(first))
     ended = int(rollout.dones[:-1].sum())
     assert ended > 0 and len(rollout.last_obs) == ended + args.num_envs == int(rollout.ends.sum())
+    cut = zip(rollout.last_obs, rollout.dones[:-1].nonzero().tolist())  # where only a life is lost the game goes on
+    assert sum(not row.equal(rollout.obs[t + 1, i]) for row, (t, i) in cut) == len(episodes) < ended
     going_on = ~rollout.dones[-1]
     assert rollout.last_obs[ended:][going_on].equal(torch.as_tensor(last)[going_on])
     assert len({row.numpy().tobytes() for row in rollout.obs[:, 0]}) > steps / 2  # each step its own frames
@@ -109,16 +111,18 @@ def test_next_values_come_from_the_true_successors():
     torch.testing.assert_close(returns.view_as(expected), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_training_and_evaluation_see_the_same_pixels():
-    env = ppo_atari.make_env("ALE/Pong-v5")
+@pytest.mark.parametrize("game, rom", [("Breakout", "breakout"), ("Pong", "pong"), ("MsPacman", "ms_pacman")])
+def test_training_and_evaluation_see_the_same_pixels(game, rom):
+    """From the first one on: FIRE starts the ball of Breakout, and Ms. Pac-Man has none."""
+    env = ppo_atari.make_env(f"ALE/{game}-v5")
     while not isinstance(env, gym.wrappers.AtariPreprocessing):
         env = env.env
     env.noop_max = 0
-    vector = AtariVectorEnv("pong", 1, noop_max=0, use_fire_reset=False, reward_clipping=False)
+    vector = AtariVectorEnv(rom, 1, noop_max=0, reward_clipping=False)
     single, _ = env.reset(seed=3)
     batch, _ = vector.reset(seed=3)
     np.testing.assert_array_equal(single, batch[0, -1])
-    for action in np.random.default_rng(0).integers(0, 6, 100):
+    for action in np.random.default_rng(0).integers(0, env.action_space.n, 100):
         single, reward, *_ = env.step(action)
         batch, rewards, *_ = vector.step(np.array([action]))
         np.testing.assert_array_equal(single, batch[0, -1])

@@ -95,6 +95,13 @@ def test_the_agent_keeps_its_contract(script):
     assert {"obs_stats.mean", "obs_stats.var"} <= agent.state_dict().keys()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_observations_are_cut_off_only_where_they_are_normalised(script):
+    spaces, obs = (gym.spaces.Box(-np.inf, np.inf, (1,)), gym.spaces.Box(-1, 1, (1,))), torch.tensor([[10.0], [255.0]])
+    same, raw = script.Agent(*spaces), script.Agent(*spaces, normalize_observations=False)
+    assert same.obs_stats.normalize(obs).tolist() == [[10.0], [10.0]] and raw.obs_stats.normalize(obs).equal(obs)
+
+
 @pytest.mark.parametrize("script", [trpo_continuous, ppo_kl_continuous])
 def test_gaussian_kl_equals_the_library_and_is_zero_only_for_equal_policies(script):
     torch.manual_seed(0)

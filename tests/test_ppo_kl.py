@@ -102,6 +102,8 @@ def test_the_coefficient_follows_the_batch_kl_once_an_iteration_or_stays(adapt, 
     final = float(ppo.load_checkpoint(tmp_path / "a")["agent"]["kl_coef"])
     if not adapt:
         assert asked == [] and final == 3.0
+        ppo.main(["--resume", str(tmp_path / "a"), "--total-timesteps", "8192", "--kl-coef", "10"])
+        assert float(ppo.load_checkpoint(tmp_path / "a")["agent"]["kl_coef"]) == 10.0
     else:
         expected = 3.0
         for kl_coef, kl, target_kl in asked:

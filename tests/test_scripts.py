@@ -186,9 +186,22 @@ def test_environments_that_never_fail_are_spread_over_their_episodes(script, vec
     assert len(episodes) == 9 and all(episodic_return == length == 20 for _, episodic_return, length in episodes)
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_episode_that_ends_where_it_would_be_cut_is_a_whole_one(script, vectorization):
+    """And infos that no vector environment could merge are not handed to it."""
+    args = script.Args(env_id="toy_envs:Five-v0", num_envs=4, vectorization=vectorization)
+    envs = script.make_envs(args)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
+    obs, _ = envs.reset(seed=1)
+    rollout, _, episodes = script.collect(envs, agent, obs, 20, 0)
+    envs.close()
+    assert rollout.terminations.sum() == len(episodes) == 16
+    assert all(episodic_return == length == 5 for _, episodic_return, length in episodes)
+
+
 @pytest.mark.parametrize(
     "signal_number, vectorization", [(signal.SIGKILL, "sync"), (signal.SIGTERM, "async"), (signal.SIGINT, "async")]
-)
+)  # fmt: skip
 def test_a_stopped_run_resumes(signal_number, vectorization, tmp_path):
     batch = 256
     size = ["--num-envs", 2, "--num-steps", 128, "--num-minibatches", 4, "--vectorization", vectorization]
@@ -199,10 +212,7 @@ def test_a_stopped_run_resumes(signal_number, vectorization, tmp_path):
     deadline = time.monotonic() + 60
     while not events() and time.monotonic() < deadline:
         time.sleep(0.1)
-    if signal_number == signal.SIGINT:  # as Ctrl-C does: to the script and to all its processes
-        os.killpg(process.pid, signal_number)
-    else:
-        process.send_signal(signal_number)
+    os.killpg(process.pid, signal_number)  # as Ctrl-C, `timeout` and schedulers do: to all processes of the group
     out, err = process.communicate(timeout=60)
     step = ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"]
     assert step > 0 and step % batch == 0
@@ -268,12 +278,40 @@ def test_the_evaluation_of_a_task_that_nothing_ends_comes_to_an_end(script):
     assert script.evaluate(agent, "toy_envs:Limitless-v0", num_episodes=1, seed=1).tolist() == [10_000.0]
 
 
+def test_a_resumed_run_takes_the_step_size_that_it_is_given(script, batch, tmp_path):
+    script.train(quick(script, tmp_path / "a", anneal_lr=True, learning_rate=1e-3))
+    changes = {"anneal_lr": False, "learning_rate": 2e-3, "total_timesteps": 4 * batch}
+    script.train(quick(script, None, resume=tmp_path / "a", **changes))
+    assert [x for _, x in scalars(tmp_path / "a")["charts/learning_rate"]] == pytest.approx([1e-3, 5e-4, 2e-3, 2e-3])
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20261121-120000")
+    names = [script.free_run_dir(script.Args(env_id="ALE/x:y-v0")).name for _ in range(3)]
+    first = f"ALE-x-y-v0__{script.SCRIPT}__1__20261121-120000"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+
+
+def test_ctrl_c_during_an_evaluation_ends_without_a_traceback(script, tmp_path, monkeypatch, capsys):
+    script.train(quick(script, tmp_path / "a"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--evaluate", str(tmp_path / "a")])
+    assert stopped.value.code == 130 and "stopped" in capsys.readouterr().err
+
+
 def test_flattened_observations_and_shaped_actions(script, tmp_path):
     script.train(quick(script, tmp_path / "a", env_id="toy_envs:Odd-v0"))
     assert script.load_checkpoint(tmp_path / "a")["agent"]["obs_stats.mean"].tolist() == [7.0] * 6 + [0.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("what", ["NanReward", "InfiniteObservation"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("what", ["NanReward", "InfiniteObservation", "HugeObservation"])
 def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(what, tmp_path):
     steps = ("--num-envs", 1, "--num-steps", 128, "--checkpoint-interval", 1)
     out = run("ppo_clip", "--env-id", f"toy_envs:{what}-v0", *steps, "--run-dir", "a", cwd=tmp_path, status=1)
@@ -302,6 +340,12 @@ REFUSALS = [
     (["--env-id", "ALE/Pong-v5"], "ppo_atari.py"),
     (["--env-id", "NoSuchTask-v0"], "env_id: 'NoSuchTask-v0' cannot be made"),
     (["--env-id", "no_such_module:Task-v0"], "env_id: 'no_such_module:Task-v0' cannot be made"),
+    (["--env-id", "a:b:c"], "env_id: 'a:b:c' cannot be made"),
+    (["--env-id", "toy_envs:Broken-v0"], "env_id: 'toy_envs:Broken-v0' cannot be made (ValueError: no such file)"),
+    (["--env-id", "toy_envs:Whole-v0"], "env_id: toy_envs:Whole-v0 has the action space Box(0, 10, (2,), int64)"),
+    (["--env-id", "toy_envs:Unbounded-v0"], "env_id: toy_envs:Unbounded-v0 has observations of no fixed size"),
+    (["--env-id", "toy_envs:Endless-v0", "--capture-video"], "cannot be made for --capture-video"),
+    (["--run-dir", "/dev/null/a"], "run_dir: /dev/null/a cannot be written"),
     (["--total-timesteps", "1023"], "total_timesteps: 1023 was given, but it must be at least {batch}"),
     (
         ["--num-minibatches", "31"],
@@ -371,6 +415,11 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     for flag in ("--resume", "--evaluate"):
         assert f"was written by {name}_continuous.py" in refused(other, [flag, "a"], capsys)
     assert "total_timesteps" in refused(script, ["--resume", "a"], capsys)  # already done
+    evaluate = ["--evaluate", "a", "--eval-episodes", "1"]
+    assert "env_id: the run in a has 'Pendulum-v1'" in refused(script, [*evaluate, "--env-id", "Hopper-v5"], capsys)
+    assert "hidden_size: the run in a has" in refused(script, [*evaluate, "--hidden-size", "32"], capsys)
+    script.main([*evaluate, "--seed", "5"])  # other episodes of the same run
+    capsys.readouterr()
     assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "99999", "--seed", "5"], capsys)
     assert "run_dir: a" in refused(script, ["--run-dir", "a"], capsys)
     assert "run_dir: b" in refused(script, ["--resume", "a", "--run-dir", "b", "--total-timesteps", "99999"], capsys)
@@ -382,6 +431,9 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
         path.write_bytes(bad)
         for flag in ("--resume", "--evaluate"):
             assert "damaged or not a checkpoint" in refused(script, [flag, "a"], capsys)
+    path.write_bytes(good)
+    torch.save({k: v for k, v in script.load_checkpoint("a").items() if k != "optimizer"}, path)
+    assert "damaged or not a checkpoint" in refused(script, ["--resume", "a"], capsys)
     torch.save({"script": f"{name}_continuous", "args": Malicious()}, path)
     assert "damaged or not a checkpoint" in refused(script, ["--evaluate", "a"], capsys)
     assert not (tmp_path / "pwned").exists()

@@ -186,7 +186,7 @@ def test_an_update_improves_within_the_trust_region():
 def test_without_line_search_the_parameters_move_by_exactly_the_full_step(monkeypatch):
     agent, obs, actions, advantages = learnable_batch()
     theta, steps, original = theta_of(agent), [], trpo.full_step
-    monkeypatch.setattr(trpo, "full_step", lambda *x: steps.append(original(*x)) or steps[-1])
+    monkeypatch.setattr(trpo, "full_step", lambda *x: steps.append(original(*x)) or steps[-1].clone())
     _, skipped = trpo.update_policy(agent, obs, actions, advantages, trpo.Args(line_search=False))
     assert not skipped and theta_of(agent).equal(theta + steps[0])
 
@@ -206,6 +206,18 @@ def test_no_update_makes_the_policy_narrower_than_its_floor(line_search):
         assert metrics["charts/step_norm"] > 0
     first, second = agent.actor_log_std.tolist()
     assert second == pytest.approx(-0.52) and first > -0.52
+
+
+@pytest.mark.parametrize("line_search", [True, False])
+def test_a_policy_below_the_floor_learns_on_and_is_not_pushed_up(line_search):
+    """A run resumed with a higher floor: a push of 0.3 would leave the trust region by itself."""
+    agent, obs, actions, advantages = learnable_batch()
+    floor = float(agent.actor_log_std.max()) + 0.3
+    before = agent.actor_log_std.tolist()
+    args = trpo.Args(min_log_std=floor, line_search=line_search)
+    metrics, skipped = trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
+    assert not skipped and metrics["losses/kl"] < 2 * args.max_kl
+    assert all(new >= old for old, new in zip(before, agent.actor_log_std.tolist()))
 
 
 def zero_advantages(agent, obs, actions, advantages):

@@ -19,8 +19,9 @@ class Endless(gym.Env):
 
 
 class Spoiled(Endless):
-    """Returns a NaN reward, or an infinite observation, at the 300th step of the process."""
+    """Returns a NaN reward, or an infinite observation or one beyond float32, at the 300th step of the process."""
 
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     steps = 0
 
     def __init__(self, what):
@@ -30,8 +31,38 @@ class Spoiled(Endless):
         obs, reward, *rest = super().step(action)
         Spoiled.steps += 1
         if Spoiled.steps == 300:
-            obs, reward = (obs, np.nan) if self.what == "reward" else (obs + np.inf, reward)
+            reward = np.nan if self.what == "reward" else reward
+            obs = obs.astype(float) + {"reward": 0.0, "observation": np.inf, "huge": 1e39}[self.what]
         return obs, reward, *rest
+
+
+class Five(Endless):
+    """Ends by itself after 5 steps, and its infos never have the same shape twice."""
+
+    length = 0
+
+    def reset(self, **kwargs):
+        self.t = 0
+        Five.length += 1
+        return super().reset(**kwargs)[0], {"history": np.zeros(Five.length)}
+
+    def step(self, action):
+        self.t += 1
+        obs, reward, _, truncated, _ = super().step(action)
+        return obs, reward, self.t == 5, truncated, {"history": np.zeros(self.t)}
+
+
+class Whole(Endless):
+    action_space = gym.spaces.Box(0, 10, (2,), np.int64)
+
+
+class Unbounded(Endless):
+    observation_space = gym.spaces.Sequence(gym.spaces.Box(-1.0, 1.0, (1,)))
+
+
+class Broken(Endless):
+    def __init__(self):
+        raise ValueError("no such\nfile")
 
 
 class Odd(gym.Env):
@@ -58,4 +89,9 @@ gym.register("Endless-v0", Endless, max_episode_steps=20)
 gym.register("Limitless-v0", Endless)
 gym.register("NanReward-v0", Spoiled, max_episode_steps=20, kwargs={"what": "reward"})
 gym.register("InfiniteObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "observation"})
+gym.register("HugeObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "huge"})
+gym.register("Five-v0", Five, max_episode_steps=20)
+gym.register("Whole-v0", Whole, max_episode_steps=20)
+gym.register("Unbounded-v0", Unbounded, max_episode_steps=20)
+gym.register("Broken-v0", Broken, max_episode_steps=20)
 gym.register("Odd-v0", Odd, max_episode_steps=10)
