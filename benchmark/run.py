@@ -3,27 +3,31 @@
     python benchmark/run.py --algorithms ppo_clip trpo --env-ids HalfCheetah-v5 Hopper-v5 --seeds 1 2 3 4 5
 
 What a results file already holds is skipped, and a run that was stopped in the middle is resumed, so a killed
-campaign continues with the same command. Each run leaves `results/<algorithm>/<env>__<seed>.csv` (step, return of
-every finished episode) and a row of `results/summary.csv` with what is needed to repeat it.
+campaign continues with the same command; what another campaign is running is left to it. Each run leaves
+`results/<algorithm>/<env>__<seed>.csv` (step, return of every finished episode) and a row of `results/summary.csv`
+with what is needed to repeat it.
 """
 
 import csv
+import importlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import tyro
+from filelock import FileLock, Timeout  # torch brings it along
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
 ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "ppo_clip": ["ppo_clip_continuous.py"],
     "ppo_kl": ["ppo_kl_continuous.py"],
@@ -80,18 +84,45 @@ def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
 
 
-def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock) -> str:
+def how_to_go_on(script: str, arguments: list[str], run_dir: Path) -> str:
+    """The flag with which script takes run_dir up: a new run, or the one that was stopped there, or was done but for
+    its evaluation. Raises ValueError where that run had other arguments, by now perhaps other defaults."""
+    if not (run_dir / "checkpoint.pt").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a peer, which cannot be resumed
+        return "--run-dir"
+    module = importlib.import_module(script.removesuffix(".py"))
+    asked, checkpoint = module.plain(module.parse_args(arguments)), module.load_checkpoint(run_dir)
+    saved = checkpoint["args"]
+    if names := [n for n in asked if asked[n] != saved[n] and n not in ("run_dir", "resume", "num_threads", "device")]:
+        raise ValueError(f"{run_dir} holds a run with other arguments ({', '.join(names)}); delete it to start anew")
+    done = checkpoint["global_step"] + saved["num_envs"] * saved["num_steps"] > saved["total_timesteps"]
+    return "--evaluate" if done else "--resume"
+
+
+def run(args: Args, algorithm: str, env_id: str, seed: int) -> str:
     """One run from start, or from its checkpoint, to its CSV and its row; returns a line for the screen."""
     name = f"{env_id.replace('/', '-')}__{seed}"
+    (args.runs / algorithm).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.runs / algorithm / f"{name}.lock", timeout=0):
+            return f"{algorithm} {name}: {run_alone(args, algorithm, env_id, seed, name)}"
+    except Timeout:
+        return f"{algorithm} {name}: another campaign is at it"
+    except ValueError as error:
+        return f"{algorithm} {name}: FAILED: {error}"
+
+
+def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str) -> str:
+    """What `run` does, once nobody else does it."""
     curve, run_dir = args.results / algorithm / f"{name}.csv", args.runs / algorithm / name
     if curve.exists():
-        return f"{algorithm} {name}: already there"
+        return "already there"
     script, *own = ALGORITHMS[algorithm]
     arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
     ours = not script.startswith("benchmark")
     arguments += ["--compile"] if args.compile and ours else []
     repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
-    where = ["--resume" if (run_dir / "checkpoint.pt").exists() else "--run-dir", str(run_dir)]
+    where = [how_to_go_on(script, repeat[2:], run_dir), str(run_dir)]
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, str(ROOT / script), *repeat[2:], *where],
@@ -100,7 +131,7 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         message = (process.stderr.splitlines() or ["killed"])[-1]
-        return f"{algorithm} {name}: FAILED with status {process.returncode}: {message}"
+        raise ValueError(f"status {process.returncode}: {message}")
     evaluation = re.search(r"evaluation: (\S+) ± (\S+) over", process.stdout)
     episodes = episodes_of(run_dir)
     packages = ["torch", "gymnasium", "mujoco", "numpy", *([] if ours else ["stable-baselines3", "sb3-contrib"])]
@@ -119,7 +150,7 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
         "python": platform.python_version(),
         "processor": processor(),
     }
-    with lock:
+    with FileLock(args.runs / "summary.lock"):
         curve.parent.mkdir(parents=True, exist_ok=True)
         summary = args.results / "summary.csv"
         new = not summary.exists()
@@ -133,15 +164,19 @@ def run(args: Args, algorithm: str, env_id: str, seed: int, lock: threading.Lock
             writer.writerow(["step", "return"])
             writer.writerows((step, round(value, 2)) for step, value in episodes)
         os.replace(curve.with_suffix(".tmp"), curve)  # last, as its presence says that the run is done
-    return f"{algorithm} {name}: {row['train_last_100']} in {seconds:.0f} s"
+    return f"{row['train_last_100']} in {seconds:.0f} s"
 
 
 def main(args: Args) -> None:
     jobs = [(a, e, s) for s in args.seeds for a in args.algorithms for e in args.env_ids]
-    lock = threading.Lock()
-    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(jobs), unit=" runs") as bar:
-        for future in [pool.submit(run, args, *job, lock) for job in jobs]:
-            future.add_done_callback(lambda done: (bar.write(done.result()), bar.update()))
+    with tqdm(total=len(jobs), unit=" runs") as bar, ThreadPoolExecutor(args.workers) as pool:
+        try:
+            for done in as_completed([pool.submit(run, args, *job) for job in jobs]):
+                bar.write(done.result())
+                bar.update()
+        except KeyboardInterrupt:  # the runs have it too, and save; what has not begun shall not begin
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Writes table1.md (between its markers) and results/table1.png.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,6 @@ class Args:
     """Runs at a time."""
     run: bool = True
     """Run what is missing; off: only the page and the picture."""
-    results: Path = plot.RESULTS
-    """Where the CSVs are."""
 
 
 def algorithm(row: str, setting: str) -> str:
@@ -65,22 +63,22 @@ def algorithm(row: str, setting: str) -> str:
 
 def scores(setting: str) -> dict[str, list[np.ndarray]]:
     """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
-    best row of both settings on that task, 1 (section 6.1). Rows without a run on every task are left out."""
+    best row of both settings on that task, 1 (section 6.1). Only rows with all of their 21 runs count."""
     results = plot.summary()
 
-    def returns(name: str, task: str) -> np.ndarray:
-        runs = [run for run in results.get((name, f"{task}-v5"), []) if int(run["seed"]) <= 3]
-        return np.array([float(run["train_last_100"]) for run in runs])
+    def returns(name: str) -> list[np.ndarray]:
+        tasks = [results.get((name, f"{task}-v5"), []) for task in TASKS]
+        return [plot.numbers([run for run in runs if int(run["seed"]) <= 3]) for runs in tasks]
 
-    names = [algorithm(row, which) for which in ("ours", "paper") for row in ROWS]
-    zero = {task: returns("random", task) for task in TASKS}
-    best = {task: max((r.mean() for name in names if len(r := returns(name, task))), default=np.nan) for task in TASKS}
-    table = {}
-    for row in ROWS:
-        runs = {task: returns(algorithm(row, setting), task) for task in TASKS}
-        if all(len(runs[task]) and len(zero[task]) for task in TASKS):
-            table[row] = [(runs[t] - zero[t].mean()) / (best[t] - zero[t].mean()) for t in TASKS]
-    return table
+    rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
+    rows = {key: tasks for key, tasks in rows.items() if all(len(runs) == 3 for runs in tasks)}
+    zero = [runs.mean() for runs in returns("random")] if rows else []
+    best = [max(runs.mean() for runs in of_task) for of_task in zip(*rows.values())]
+    return {
+        row: [(runs - low) / (high - low) for runs, low, high in zip(tasks, zero, best)]
+        for (which, row), tasks in rows.items()
+        if which == setting
+    }
 
 
 def table(setting: str) -> str:
@@ -132,10 +130,10 @@ def main(args: Args) -> None:
             extra = PAPER_SETTING if setting == "paper" else []
             run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][2], *extra])
         names = [algorithm(row, setting) for row in rows]
-        campaign = {"seeds": args.seeds, "workers": args.workers, "results": args.results}
-        run.main(run.Args(algorithms=names, env_ids=env_ids, **campaign))
+        run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
     if args.run:  # the zero of the scale: about 100 episodes and more
-        run.main(run.Args(algorithms=["random"], env_ids=env_ids, seeds=[1], total_timesteps=100_000))
+        zero = run.Args(algorithms=["random"], env_ids=env_ids, seeds=[1], total_timesteps=100_000)
+        run.main(replace(zero, workers=args.workers))
     plot.write(TABLES)
     draw()
 

@@ -1,10 +1,12 @@
 """The tables in the README files are those that the CSVs give."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
 
@@ -38,6 +40,14 @@ def test_every_row_of_the_summary_has_its_curve_and_its_mean():
             assert sum(last) / len(last) == pytest.approx(float(row["train_last_100"]), abs=0.02)
 
 
+def test_no_run_is_reported_twice_and_no_curve_goes_back_in_time():
+    for runs in plot.summary().values():
+        assert len({run["seed"] for run in runs}) == len(runs)
+    for curve in plot.RESULTS.glob("*/*.csv"):
+        steps = [int(line.split(",")[0]) for line in curve.read_text().split()[1:]]
+        assert steps == sorted(steps), curve
+
+
 def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
     args = run.Args(
         algorithms=["npg"], env_ids=["Pendulum-v1"], seeds=[101], total_timesteps=4096, compile=False,
@@ -51,3 +61,13 @@ def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
     assert curve[0] == "step,return" and len(curve) == 1 + 5 * 2 + 3 * 1
     run.main(args)
     assert len((tmp_path / "results" / "summary.csv").read_text().splitlines()) == 2
+
+    # Killed while it evaluated: there is a whole run, but no row. And a run that is another setting's by now.
+    shutil.rmtree(tmp_path / "results")
+    with FileLock(tmp_path / "runs" / "npg" / "Pendulum-v1__101.lock"):
+        assert "another campaign" in run.run(args, "npg", "Pendulum-v1", 101)
+    assert "FAILED" not in run.run(args, "npg", "Pendulum-v1", 101)
+    again = (tmp_path / "results" / "summary.csv").read_text().splitlines()[1]
+    assert again.split(",")[:7] == row.split(",")[:7] and again.split(",")[7] == ""  # no speed
+    (tmp_path / "runs" / "npg").rename(tmp_path / "runs" / "trpo")
+    assert "other arguments (min_log_std, line_search)" in run.run(args, "trpo", "Pendulum-v1", 101)
