@@ -9,6 +9,8 @@ from gymnasium.vector import AutoresetMode
 
 import ppo_atari
 
+SPACES = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(6)
+
 
 def small(**changes):
     """Arguments for a run of two iterations of 2 x 16 steps."""
@@ -132,7 +134,7 @@ def test_training_and_evaluation_see_the_same_pixels(game, rom):
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_the_agent_keeps_its_contract_and_ratios_start_at_1(bfloat16):
     torch.manual_seed(0)
-    agent = ppo_atari.Agent(gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(6), bfloat16)
+    agent = ppo_atari.Agent(*SPACES, bfloat16)
     obs = torch.randint(0, 256, (128, 4, 84, 84), dtype=torch.uint8)
     distribution = agent.distribution(obs)
     assert distribution.probs.shape == (128, 6) and agent.value(obs).shape == (128,)
@@ -177,3 +179,110 @@ def test_what_is_no_game_is_refused_with_what_would_fit(env_id, message, tmp_pat
         ppo_atari.main(["--env-id", env_id])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_pixels_are_in_0_to_1():
+    agent = ppo_atari.Agent(*SPACES)
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    assert agent.pixels(obs).equal(obs.float() / 255.0)
+
+
+class Frames(gym.Env):
+    """100 steps of reward 1 for action 1, always with the same four frames."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(2)
+    stack = np.arange(4, dtype=np.uint8).repeat(84 * 84).reshape(4, 84, 84)
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return self.stack, {}
+
+    def step(self, action):
+        self.t += 1
+        return self.stack, float(action), self.t == 100, False, {}
+
+
+def test_evaluation_samples_from_what_it_sees_and_leaves_the_random_state(monkeypatch):
+    monkeypatch.setattr(ppo_atari, "make_env", lambda *_: Frames())
+    env = Frames()
+    agent = ppo_atari.Agent(env.observation_space, env.action_space)
+
+    def distribution(obs):
+        assert obs[0].numpy().tobytes() == Frames.stack.tobytes()
+        return torch.distributions.Categorical(logits=torch.tensor([[0.5, 0.0]]))
+
+    agent.distribution = distribution
+    random = torch.get_rng_state()
+    scores = ppo_atari.evaluate(agent, "", num_episodes=2, seed=1)
+    assert torch.get_rng_state().equal(random)
+    assert 30 < scores[0] < 70 and scores[0] != scores[1] and (scores == ppo_atari.evaluate(agent, "", 2, 1)).all()
+
+
+def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy():
+    torch.manual_seed(0)
+    agent = ppo_atari.Agent(*SPACES)
+    obs = torch.arange(32, dtype=torch.uint8).view(16, 2, 1, 1, 1).expand(16, 2, 4, 84, 84)
+    none, seen = torch.zeros(16, 2, dtype=torch.bool), []
+    log_probs, values, rewards = torch.randn(3, 16, 2)
+    rollout = ppo_atari.Rollout(obs, torch.arange(32).view(16, 2) % 6, log_probs, values, rewards, none, none, obs[-1])
+    args = ppo_atari.Args(num_epochs=2, gamma=0.5)
+    advantages, returns = ppo_atari.estimate_advantages(agent, rollout, values.flatten(), args)
+
+    def gradient(agent, parameters, minibatch, args):
+        seen.append(minibatch)
+        return [torch.ones_like(p) for p in parameters]
+
+    ppo_atari.update(agent, torch.optim.SGD(agent.parameters(), lr=1e-3), rollout, args, gradient)
+    assert len(seen) == 8
+    for epoch in (seen[:4], seen[4:]):
+        columns = [torch.cat(x) for x in zip(*epoch)]
+        order = (columns[0][:, 0, 0, 0] * 255).argsort()
+        expected = (rollout.actions, log_probs, advantages, returns, values)
+        for column, right in zip(columns[1:], expected):
+            assert column[order].equal(right.flatten())
+
+
+def test_normalisation_leaves_the_critics_targets():
+    agent = ppo_atari.Agent(*SPACES)
+    obs = torch.zeros(16, 2, 4, 84, 84, dtype=torch.uint8)
+    none = torch.zeros(16, 2, dtype=torch.bool)
+    values, rewards = torch.randn(2, 16, 2)
+    rollout = ppo_atari.Rollout(obs, none, none, values, rewards, none, none, obs[-1])
+    args = ppo_atari.Args(gamma=0.0)
+    advantages, returns = ppo_atari.estimate_advantages(agent, rollout, values.flatten(), args)
+    assert torch.allclose(returns, rewards.flatten())
+    raw = (rewards - values).flatten()
+    torch.testing.assert_close(advantages, (raw - raw.mean()) / raw.std(correction=0))
+
+
+class Pills(gym.vector.VectorEnv):
+    """Games of 3 steps, each worth 10 points and the second one -5."""
+
+    num_envs, t = 1, 0
+
+    def reset(self, **kwargs):
+        return np.zeros(1), {"episode_frame_number": np.zeros(1, dtype=int)}
+
+    def step(self, actions):
+        self.t = (self.t + 1) % 3
+        none, reward = np.zeros(1, dtype=bool), np.array([-5.0 if self.t == 2 else 10.0])
+        return np.zeros(1), reward, none, none, {"episode_frame_number": np.array([4 * self.t])}
+
+
+def test_scores_are_raw_and_rewards_their_signs():
+    games = ppo_atari.FullGames(Pills())
+    games.reset()
+    steps = [games.step(None) for _ in range(6)]
+    assert [float(reward[0]) for _, reward, *_ in steps] == [1, -1, 1] * 2
+    assert [bool(info["game_over"][0]) for *_, info in steps] == [False, False, True] * 2
+    assert [float(info["score"][0]) for *_, info in steps] == [10, 5, 15] * 2
+    assert [int(info["length"][0]) for *_, info in steps] == [1, 2, 3] * 2
+
+
+def test_sticky_actions_reach_the_emulator(monkeypatch):
+    asked, original = {}, ppo_atari.AtariVectorEnv
+    monkeypatch.setattr(
+        ppo_atari, "AtariVectorEnv", lambda *x, **kwargs: asked.update(kwargs) or original(*x, **kwargs)
+    )
+    ppo_atari.make_envs(small(repeat_action_probability=0.25))
+    assert asked["repeat_action_probability"] == 0.25

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import ppo_atari
 import ppo_clip_continuous
 import ppo_kl_continuous
 import trpo_continuous
@@ -26,7 +27,7 @@ def brute_force_gae(rewards, values, next_values, terminations, dones, gamma, ga
     return advantages
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, ppo_atari])
 @pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
 def test_gae_equals_the_sum_over_each_episode(script, gamma, gae_lambda):
     generator = torch.Generator().manual_seed(7)

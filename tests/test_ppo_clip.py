@@ -33,8 +33,7 @@ def test_value_clipping_takes_the_larger_error():
 
 
 def test_every_ratio_is_exactly_1_before_the_first_gradient_step(monkeypatch, tmp_path):
-    """Statistics frozen within an iteration, log-probabilities of the unclipped sample, the same forward pass:
-    if any of the three breaks, the first ratio is off."""
+    """The same forward pass before and in the first step; what it is fed is tested in test_iteration.py."""
     first_ratios, steps_in_iteration = [], 32
 
     def spy(agent, parameters, minibatch, args, count=[0]):  # noqa: B006

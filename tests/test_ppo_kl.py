@@ -3,6 +3,7 @@
 import gymnasium as gym
 import pytest
 import torch
+from test_scripts import quick, scalars
 from torch.distributions import kl_divergence
 
 import ppo_kl_continuous as ppo
@@ -110,3 +111,20 @@ def test_the_coefficient_follows_the_batch_kl_once_an_iteration_or_stays(adapt, 
             assert kl_coef == expected and target_kl == ppo.Args.target_kl
             expected = original(expected, kl, target_kl)
         assert len(asked) == 3 and final == expected
+
+
+def test_the_coefficient_follows_the_exact_kl_once_an_iteration_and_across_a_resume(tmp_path, monkeypatch):
+    asked = []
+    original = ppo.adapt_kl_coef
+    monkeypatch.setattr(ppo, "adapt_kl_coef", lambda *x: asked.append(x) or original(*x))
+    args = quick(ppo, tmp_path / "a", num_epochs=2, kl_coef=3.0)
+    ppo.train(args)
+    longer = {"num_epochs": 2, "kl_coef": 3.0, "total_timesteps": 2 * args.total_timesteps}
+    ppo.train(quick(ppo, None, resume=tmp_path / "a", **longer))
+    logged = scalars(tmp_path / "a")
+    assert [kl for _, kl, _ in asked] == pytest.approx([value for _, value in logged["losses/kl"]])
+    expected = 3.0
+    for kl_coef, kl, target_kl in asked:
+        assert kl_coef == expected
+        expected = original(kl_coef, kl, target_kl)
+    assert expected != 3.0 and len(asked) == 4

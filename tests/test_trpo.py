@@ -1,10 +1,12 @@
 """Conjugate gradient, Fisher-vector product, full step and line search, each beside its explicit counterpart."""
 
+import copy
 import math
 
 import gymnasium as gym
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
 import trpo_continuous as trpo
@@ -272,3 +274,30 @@ def test_a_failed_line_search_leaves_the_policy_bit_for_bit():
     metrics, skipped = trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
     assert "no step" in skipped and theta_of(agent).equal(theta)
     assert metrics["losses/kl"] == 0.0 and metrics["charts/skipped_updates"] == 1.0
+
+
+def test_the_update_solves_for_the_damped_curvature_of_the_subsample(monkeypatch):
+    calls = []
+    agent, obs, actions, advantages = learnable_batch()
+    old, original = copy.deepcopy(agent), trpo.full_step
+    hessian = trpo.fisher_vector_product(old.distribution(obs[::4]), old.actor_parameters(), 0.5)
+    monkeypatch.setattr(trpo, "full_step", lambda *x: calls.append(x) or original(*x))
+    args = trpo.Args(fisher_subsample=4, cg_damping=0.5, max_kl=0.02, max_step_size=0.3)
+    trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
+    ((x, hessian_x, *bounds),) = calls
+    torch.testing.assert_close(hessian_x, hessian(x))
+    assert bounds == [0.02, 0.3]
+
+
+def test_mean_kl_goes_from_the_old_to_the_new_policy():
+    old, new = (Normal(torch.randn(50, 3).double(), torch.rand(3).double() + 0.1) for _ in range(2))
+    torch.testing.assert_close(trpo.mean_kl(old, new), kl_divergence(old, new).sum(-1).mean())
+
+
+def test_a_small_system_is_solved_as_well_as_a_large_one():
+    generator = torch.Generator().manual_seed(0)
+    matrix, b = random_spd(100, generator), torch.randn(100, dtype=torch.float64, generator=generator)
+    b = b / b.norm()
+    for scale in (1.0, 1e-6):
+        x = trpo.conjugate_gradient(lambda v: matrix @ v, scale * b, 100, 1e-3)
+        assert (scale * b - matrix @ x).norm() <= 1e-3 * scale

@@ -65,6 +65,20 @@ class Broken(Endless):
         raise ValueError("no such\nfile")
 
 
+class Counting(Endless):
+    """Observes the number of the step within its episode; the reward is the action that arrived."""
+
+    observation_space = gym.spaces.Box(0.0, 20.0, (1,))
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.t, np.float32), float(action[0]), False, False, {}
+
+
 class Odd(gym.Env):
     """Dict observations with an image in them, actions in a 2 x 2 box that is not symmetric."""
 
@@ -90,6 +104,7 @@ gym.register("Limitless-v0", Endless)
 gym.register("NanReward-v0", Spoiled, max_episode_steps=20, kwargs={"what": "reward"})
 gym.register("InfiniteObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "observation"})
 gym.register("HugeObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "huge"})
+gym.register("Counting-v0", Counting, max_episode_steps=7)
 gym.register("Five-v0", Five, max_episode_steps=20)
 gym.register("Whole-v0", Whole, max_episode_steps=20)
 gym.register("Unbounded-v0", Unbounded, max_episode_steps=20)
