@@ -29,9 +29,9 @@ start of a game that has it, at most 108,000 frames. A lost life ends the learni
 on. Rewards are learned from by their sign. Reported returns are raw scores of full games.
 
 Where this file departs from the paper, each a field of `Args` with its reason: 4 epochs, value weight 0.25
-(CleanRL's 0.5 on half the square), a clip range that stays, advantages normalised, the gradient's norm
-clipped (all as CleanRL; over the batch where it normalises each minibatch). The network is that of Mnih et al.
-2015, as CleanRL and Baselines have it, where the paper cites a smaller one of 2016.
+(CleanRL's 0.5 on half the square), a clip range that stays, the gradient's norm clipped, advantages
+normalised (all as CleanRL, which normalises each minibatch instead of the batch). The network is that of
+Mnih et al. 2015, as CleanRL and Baselines have it, where the paper cites a smaller one of 2016.
 
     python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 3000000
     python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000

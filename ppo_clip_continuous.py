@@ -528,7 +528,6 @@ class Staggered(gym.Wrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
-
     script = os.getpid()
 
     def make(i: int) -> gym.Env:
@@ -538,11 +537,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
 
     vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is for the script alone
-    try:
-        envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 

@@ -488,7 +488,7 @@ def train(args: Args) -> Path:
     batch_size = args.num_envs * args.num_steps
     discounted_returns = torch.zeros(args.num_envs, device=device)
     with Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
-        if not args.adapt_kl_coef:  # an adaptive β goes on from where the checkpoint has it
+        if not args.adapt_kl_coef:  # resumed: a fixed β is the one given, an adaptive one goes on from the checkpoint's
             agent.kl_coef.fill_(args.kl_coef)
         obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
         while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
@@ -569,7 +569,6 @@ class Staggered(gym.Wrapper):
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
     first observation of the next one, and its own last observation in infos["final_obs"]."""
-
     script = os.getpid()
 
     def make(i: int) -> gym.Env:
@@ -579,11 +578,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
         return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
 
     vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is for the script alone
-    try:
-        envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 

@@ -171,15 +171,20 @@ def test_processes_collect_what_a_loop_collects(script):
     assert loop_episodes == processes_episodes and len(loop_episodes) > 2
 
 
+def collected(script, vectorization, env_id, num_steps):
+    """(rollout, episodes) of num_steps in 4 environments."""
+    envs = script.make_envs(script.Args(env_id=env_id, num_envs=4, vectorization=vectorization))
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
+    obs, _ = envs.reset(seed=1)
+    rollout, _, episodes = script.collect(envs, agent, obs, num_steps, 0)
+    envs.close()
+    return rollout, episodes
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_environments_that_never_fail_are_spread_over_their_episodes(script, vectorization):
     """Of 4 environments with episodes of 20 steps, three cut one at 5, 10 and 15, which is not reported."""
-    args = script.Args(env_id="toy_envs:Endless-v0", num_envs=4, vectorization=vectorization)
-    envs = script.make_envs(args)
-    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
-    obs, _ = envs.reset(seed=1)
-    rollout, _, episodes = script.collect(envs, agent, obs, 60, 0)
-    envs.close()
+    rollout, episodes = collected(script, vectorization, "toy_envs:Endless-v0", 60)
     ends = [(column.nonzero().flatten() + 1).tolist() for column in rollout.dones.T]
     assert ends == [[20, 40, 60], [5, 25, 45], [10, 30, 50], [15, 35, 55]]
     assert not rollout.terminations.any()  # a cut is bootstrapped, as a time limit is
@@ -189,12 +194,7 @@ def test_environments_that_never_fail_are_spread_over_their_episodes(script, vec
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_an_episode_that_ends_where_it_would_be_cut_is_a_whole_one(script, vectorization):
     """And infos that no vector environment could merge are not handed to it."""
-    args = script.Args(env_id="toy_envs:Five-v0", num_envs=4, vectorization=vectorization)
-    envs = script.make_envs(args)
-    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
-    obs, _ = envs.reset(seed=1)
-    rollout, _, episodes = script.collect(envs, agent, obs, 20, 0)
-    envs.close()
+    rollout, episodes = collected(script, vectorization, "toy_envs:Five-v0", 20)
     assert rollout.terminations.sum() == len(episodes) == 16
     assert all(episodic_return == length == 5 for _, episodic_return, length in episodes)
 
