@@ -120,7 +120,7 @@ class Args:
     max_grad_norm: float = 0.5
     """Scale a gradient whose norm is larger down to this. [OpenAI Baselines]"""
     target_kl: float | None = None
-    """Leave the iteration after an epoch that has moved the mean KL beyond this. [Spinning Up]"""
+    """Leave the iteration after an epoch that has moved the mean KL beyond this; None: never. [Spinning Up]"""
     recompute_advantages: bool = False
     """Estimate the advantages anew with the current critic before every epoch: a pass over the batch each."""
     center_advantages: bool = True
