@@ -198,11 +198,13 @@ def peers_table() -> str:
     for env_id in ORDER:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
             runs = [numbers(rows[name, env_id]) for name in columns]
-            cells = [f"{short(r.mean())} ± {short(r.std(ddof=1))}, {len(r)} seeds" if len(r) > 1 else "" for r in runs]
+            cells = [f"{short(r.mean())} ± {short(r.std(ddof=1))}, {len(r)} seeds" if len(r) > 1 else
+                     f"{short(r[0])}, 1 seed" if len(r) else "" for r in runs]  # fmt: skip
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     timed = [[run for run in rows[name, "HalfCheetah-v5"] if run["steps_per_second"]] for name in columns]
     times = [[seconds_to(3000.0, run) for run in runs] for runs in timed]
-    cells = [f"{np.median(t):.0f} s, {np.isfinite(t).sum()} of {len(t)} seeds" if len(t) else "" for t in times]
+    cells = [f"{np.median(t):.0f} s".replace("inf s", "never") + f", {np.isfinite(t).sum()} of {len(t)} seeds"
+             if len(t) else "" for t in times]  # fmt: skip
     lines.append("| 3,000 on HalfCheetah-v5 after (median) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
