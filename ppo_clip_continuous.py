@@ -112,7 +112,7 @@ class Args:
     """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
     target_kl: float | None = None
     """Leave the iteration after an epoch that has moved the mean KL beyond this; None: never. [Spinning Up. 0.03 helps
-    on Humanoid, where clipping alone goes three times as far, and costs a little elsewhere: benchmark/README.md]"""
+    on Humanoid, where clipping alone goes three times as far; elsewhere it costs returns: benchmark/README.md]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
     center_advantages: bool = False

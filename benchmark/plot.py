@@ -190,6 +190,12 @@ def seconds_to(goal: float, run: dict[str, str]) -> float:
     return data[19:][means >= goal][0, 0] / float(run["steps_per_second"])
 
 
+def mean_and_spread(runs: np.ndarray) -> str:
+    if len(runs) < 2:
+        return f"{short(runs[0])}, 1 seed" if len(runs) else ""
+    return f"{short(runs.mean())} ± {short(runs.std(ddof=1))}, {len(runs)} seeds"
+
+
 def peers_table() -> str:
     """Ours beside the peers: last 100 training episodes, mean ± std over seeds; the time to 3,000 on HalfCheetah."""
     rows, names = summary(), {**NAMES, **OTHERS}
@@ -198,13 +204,14 @@ def peers_table() -> str:
     for env_id in ORDER:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
             runs = [numbers(rows[name, env_id]) for name in columns]
-            cells = [f"{short(r.mean())} ± {short(r.std(ddof=1))}, {len(r)} seeds" if len(r) > 1 else
-                     f"{short(r[0])}, 1 seed" if len(r) else "" for r in runs]  # fmt: skip
-            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+            lines.append(f"| {env_id} | " + " | ".join(mean_and_spread(r) for r in runs) + " |")
     timed = [[run for run in rows[name, "HalfCheetah-v5"] if run["steps_per_second"]] for name in columns]
     times = [[seconds_to(3000.0, run) for run in runs] for runs in timed]
-    cells = [f"{np.median(t):.0f} s".replace("inf s", "never") + f", {np.isfinite(t).sum()} of {len(t)} seeds"
-             if len(t) else "" for t in times]  # fmt: skip
+    cells = []
+    for seconds in times:
+        median = np.median(seconds) if seconds else np.nan
+        text = "never" if np.isinf(median) else f"{median:.0f} s"
+        cells.append(f"{text}, {np.isfinite(seconds).sum()} of {len(seconds)} seeds" if seconds else "")
     lines.append("| 3,000 on HalfCheetah-v5 after (median) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
