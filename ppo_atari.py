@@ -352,7 +352,8 @@ def loss_gradient(
     loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    return torch._foreach_mul(gradients, (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [gradient * scale for gradient in gradients]
 
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args, gradient) -> dict[str, float]:

@@ -385,7 +385,8 @@ def loss_gradient(
         loss = loss - args.entropy_coef * distribution.entropy().mean()
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    return torch._foreach_mul(gradients, (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [gradient * scale for gradient in gradients]
 
 
 def update(
