@@ -61,15 +61,16 @@ def algorithm(row: str, setting: str) -> str:
     return SAME.get(row, row) if setting == "ours" else f"paper_{row}"
 
 
+def returns(name: str) -> list[np.ndarray]:
+    """One array a task: mean return of the last 100 episodes of each of seeds 1 to 3 that has been run."""
+    results = plot.summary()
+    tasks = [results.get((name, f"{task}-v5"), []) for task in TASKS]
+    return [plot.numbers([run for run in runs if int(run["seed"]) <= 3]) for runs in tasks]
+
+
 def scores(setting: str) -> dict[str, list[np.ndarray]]:
     """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
     best row of both settings on that task, 1 (section 6.1). Only rows with all of their 21 runs count."""
-    results = plot.summary()
-
-    def returns(name: str) -> list[np.ndarray]:
-        tasks = [results.get((name, f"{task}-v5"), []) for task in TASKS]
-        return [plot.numbers([run for run in runs if int(run["seed"]) <= 3]) for runs in tasks]
-
     rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
     rows = {key: tasks for key, tasks in rows.items() if all(len(runs) == 3 for runs in tasks)}
     zero = [runs.mean() for runs in returns("random")] if rows else []
@@ -82,20 +83,37 @@ def scores(setting: str) -> dict[str, list[np.ndarray]]:
 
 
 def table(setting: str) -> str:
-    """The paper's table 1 with ours beside it, bootstrap intervals over seeds, and the command of each row."""
+    """The paper's table 1 with ours beside it, bootstrap intervals over seeds, mean returns task by task, and the
+    command of each row. A row without all of its 21 runs has no score."""
     lines = ["| | paper | score | 95% interval | runs | " + " | ".join(TASKS) + " | command |"]
     lines.append("| --- |" + " --- |" * (len(TASKS) + 5))
-    for row, tasks in scores(setting).items():
-        name, paper, command = ROWS[row]
-        low, high = plot.interval(tasks, plot.mean_of_tasks)
-        command = ["python", *command, *(PAPER_SETTING if setting == "paper" else [])]
-        cells = [name, "" if paper is None else paper, f"{plot.mean_of_tasks(*tasks):.2f}", f"{low:.2f} to {high:.2f}"]
-        cells += [sum(map(len, tasks)), *(f"{runs.mean():.2f}" for runs in tasks), f"`{' '.join(command)}`"]
+    complete = scores(setting)
+    for row, (name, paper, _) in ROWS.items():
+        tasks, score, interval = returns(algorithm(row, setting)), "", ""
+        if not any(map(len, tasks)):
+            continue
+        if row in complete:
+            low, high = plot.interval(complete[row], plot.mean_of_tasks)
+            score, interval = f"{plot.mean_of_tasks(*complete[row]):.2f}", f"{low:.2f} to {high:.2f}"
+        cells = [name, "" if paper is None else paper, score, interval, sum(map(len, tasks))]
+        for runs in tasks:
+            seeds = "" if len(runs) == 3 else f", {len(runs)} seed{'s' * (len(runs) > 1)}"
+            cells.append(f"{plot.short(runs.mean())}{seeds}" if len(runs) else "")
+        cells.append(f"`python benchmark/table1.py --rows {row} --settings {setting}`")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-TABLES = {(PAGE, setting): lambda setting=setting: table(setting) for setting in ("ours", "paper")}
+def example() -> str:
+    """What the paper's setting is on the command line: that of its first row."""
+    return "    python " + " ".join([*ROWS["none"][2], *PAPER_SETTING])
+
+
+TABLES = {
+    (PAGE, "ours"): lambda: table("ours"),
+    (PAGE, "example"): example,
+    (PAGE, "paper"): lambda: table("paper"),
+}
 
 
 def draw() -> None:
