@@ -92,13 +92,13 @@ class Args:
     bfloat16: bool = torch.backends.mkldnn.is_available() and any(
         torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
     )
-    """Convolutions in bfloat16, about twice as fast where the processor has instructions for it, and by default only
-    there: elsewhere it is emulated, and slower than float32."""
+    """The shared layers in bfloat16: about twice as fast where the processor has instructions for it, and by default
+    only there, whatever the device; elsewhere it is emulated, and slower than float32."""
     compile: bool = False
     """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
 
     learning_rate: float = 2.5e-4
-    """Step size of Adam at the start. [paper, table 5]"""
+    """Step size of Adam at the start. [paper, table 5; Adam's ε, 1e-5: OpenAI Baselines, CleanRL]"""
     anneal_lr: bool = True
     """Let the learning rate fall linearly to 0 over the run. [paper, table 5]"""
     num_epochs: int = 4
@@ -233,11 +233,11 @@ def compute_gae(
     the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
     targets of the critic.
     """
-    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # PPO eq. 12
     decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
     advantage, advantages = torch.zeros_like(values[0]), []
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantage = delta + decay * advantage  # PPO eq. 11, from the last step to the first
         advantages.append(advantage)
     advantages = torch.stack(advantages[::-1])
     return advantages, advantages + values

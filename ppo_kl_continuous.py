@@ -90,7 +90,7 @@ class Args:
     init_log_std: float = -0.5
     """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     learning_rate: float = 3e-4
-    """Step size of Adam at the start. [paper, table 3]"""
+    """Step size of Adam at the start. [paper, table 3; Adam's ε, 1e-5: OpenAI Baselines, CleanRL]"""
     anneal_lr: bool = True
     """Let the learning rate fall linearly to 0 over the run. [paper, table 5, on Atari; arXiv 2006.05990]"""
     num_epochs: int = 10
@@ -109,7 +109,7 @@ class Args:
     target_kl: float = 0.02
     """d_targ of sec. 4, the mean KL that an iteration is to move the policy by. [paper, table 1: 0.003 to 0.03]"""
     value_coef: float = 0.5
-    """c1 of eq. 9, the weight of the value loss; actor and critic share only the gradient clipping. [CleanRL]"""
+    """c1 of eq. 9, the weight of the value loss; actor and critic share only the gradient clipping. [CleanRL: 0.25]"""
     entropy_coef: float = 0.0
     """c2 of eq. 9, the weight of the entropy bonus. [paper, sec. 6.1: none on MuJoCo]"""
     value_clip: float | None = None
@@ -153,7 +153,7 @@ LIMITS = {  # inclusive; a number that is not named here must be positive
     "value_coef": (0.0, 1e9),
     "entropy_coef": (0.0, 1e9),
 }
-FIXED = ("env_id", "seed", "hidden_size")  # a resumed run keeps these
+FIXED = ("env_id", "seed", "hidden_size", "normalize_observations")  # a resumed run keeps these
 
 
 # ---------------------------------------------------------------------------- networks
@@ -270,11 +270,11 @@ def compute_gae(
     the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
     targets of the critic.
     """
-    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # PPO eq. 12
     decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
     advantage, advantages = torch.zeros_like(values[0]), []
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantage = delta + decay * advantage  # PPO eq. 11, from the last step to the first
         advantages.append(advantage)
     advantages = torch.stack(advantages[::-1])
     return advantages, advantages + values
@@ -362,7 +362,7 @@ def collect(
         if done.any():  # these environments have already started their next episode; next_obs is its beginning
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            whole = done & ~infos["final_info"].get("cut", ~done)  # one episode an environment is not; see Staggered
+            whole = done & np.logical_not(infos["final_info"].get("cut", False))  # what Staggered cut is no episode
             for i in np.flatnonzero(whole):
                 episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
@@ -392,14 +392,6 @@ def estimate_advantages(
     if args.normalize_advantages:
         advantages = advantages / (std + 1e-8)
     return advantages.flatten(), returns.flatten(), values.flatten()
-
-
-@torch.no_grad()
-def approximate_kl(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
-    """KL(π_old ‖ π) estimated from the actions taken: mean of r - 1 - log r, unbiased and never negative
-    (estimator k3 of http://joschu.net/blog/kl-approx.html)."""
-    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
-    return (log_ratio.exp() - 1.0 - log_ratio).mean()
 
 
 def loss_gradient(
@@ -449,14 +441,14 @@ def update(
 
     with torch.no_grad():
         distribution = agent.distribution(obs)
-        ratio = (distribution.log_prob(actions) - old_log_probs).exp()
-        kl = gaussian_kl(old, distribution)
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio, kl = log_ratio.exp(), gaussian_kl(old, distribution)
         metrics = {
             "losses/policy_loss": -kl_penalized_surrogate(ratio, advantages, kl, agent.kl_coef).mean(),
             "losses/kl": kl.mean(),
             "losses/value_loss": squared_error(agent.value(obs), old_values, returns, args.value_clip).mean(),
             "losses/entropy": distribution.entropy().mean(),
-            "losses/approx_kl": approximate_kl(agent, obs, actions, old_log_probs),
+            "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # the estimate that the other scripts log
             "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
             "losses/explained_variance": explained_variance,
         }

@@ -92,7 +92,7 @@ class Args:
     num_threads: int = 1
     """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
     compile: bool = False
-    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+    """Compile the critic's gradient with torch.compile: some seconds at the start, then faster updates."""
 
     hidden_size: int = 64
     """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: one layer of 30 to 50]"""
@@ -116,13 +116,16 @@ class Args:
     cg_iterations: int = 10
     """At most this many iterations of conjugate gradient. [paper, app. C.1: 10]"""
     cg_residual_tolerance: float = 1e-5
-    """Stop conjugate gradient where the residual is this small against g. [Baselines: 1e-10, squared]"""
+    """Stop conjugate gradient at a residual of this times the norm of g, or of this itself where g is longer than 1.
+    [Baselines: 1e-10, squared]"""
     cg_damping: float = 0.1
     """Added to the diagonal of H, so that it is positive definite where samples say nothing. [Baselines]"""
     fisher_subsample: int = 1
-    """Estimate H from every n-th sample only; the line search always takes all. [paper, app. C.1: 10%]"""
+    """Estimate H from every n-th sample only; the line search always takes all. Samples are counted through the
+    environments first: an n without a common factor with num_envs takes from all of them. [paper, app. C.1: 10%]"""
     learning_rate: float = 1e-3
-    """Step size of Adam at the start, for the critic; the policy's follows from max_kl. [OpenAI Baselines, Tianshou]"""
+    """Step size of Adam at the start, for the critic; the policy's follows from max_kl. [OpenAI Baselines, Tianshou;
+    Adam's ε, 1e-5: as in the PPO scripts]"""
     anneal_lr: bool = True
     """Let the critic's learning rate fall linearly to 0 over the run."""
     critic_epochs: int = 10
@@ -171,7 +174,7 @@ LIMITS = {  # inclusive; a number that is not named here must be positive
     "cg_residual_tolerance": (0.0, 1.0),
     "cg_damping": (0.0, 1e9),
 }
-FIXED = ("env_id", "seed", "hidden_size")  # a resumed run keeps these
+FIXED = ("env_id", "seed", "hidden_size", "normalize_observations")  # a resumed run keeps these
 
 
 # ---------------------------------------------------------------------------- networks
@@ -257,7 +260,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_size,), limit=10.0 if normalize_observations else float("inf"))
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """θ of the papers: the parameters of the policy alone."""
+        """θ of the papers: the parameters of the policy alone; the log-std last, where `update_policy` looks for it."""
         return [*self.actor_mean.parameters(), self.actor_log_std]
 
     def distribution(self, obs: torch.Tensor) -> Distribution:
@@ -291,11 +294,11 @@ def compute_gae(
     the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
     targets of the critic.
     """
-    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # eq. 12
+    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # PPO eq. 12
     decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
     advantage, advantages = torch.zeros_like(values[0]), []
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantage = delta + decay * advantage  # eq. 11, from the last step to the first
+        advantage = delta + decay * advantage  # PPO eq. 11, from the last step to the first
         advantages.append(advantage)
     advantages = torch.stack(advantages[::-1])
     return advantages, advantages + values
@@ -384,7 +387,8 @@ def full_step(
     x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float, max_step_size: float | None = None
 ) -> torch.Tensor:
     """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C), or
-    max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144)."""
+    max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144). Of a damped H, as here, xᵀHx is larger,
+    and the step ends somewhat inside."""
     step_size = (2.0 * max_kl / (x @ hessian_x)).sqrt()
     if max_step_size is not None:
         step_size = step_size.clamp(max=max_step_size)
@@ -392,12 +396,12 @@ def full_step(
 
 
 class Step(NamedTuple):
-    """What the line search decided, and how the policy at `theta` measures up."""
+    """What the line search decided, and how its last try measured up."""
 
     theta: torch.Tensor  # the new parameters, or the old ones themselves
     accepted: bool
     tries: int
-    improvement: float  # L(θ) - L(θ_old) and mean KL of the last try
+    improvement: float  # L(θ) - L(θ_old) and mean KL, of a try that was not accepted too
     kl: float
 
 
@@ -458,7 +462,7 @@ def collect(
         if done.any():  # these environments have already started their next episode; next_obs is its beginning
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            whole = done & ~infos["final_info"].get("cut", ~done)  # one episode an environment is not; see Staggered
+            whole = done & np.logical_not(infos["final_info"].get("cut", False))  # what Staggered cut is no episode
             for i in np.flatnonzero(whole):
                 episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
@@ -532,7 +536,7 @@ def update_policy(
 
     # Step 6: the line search, or for NPG the full step as it is.
     skipped, result = "", Step(theta_old, False, 0, 0.0, 0.0)
-    if old.stddev.min() < 1e-5:
+    if old.stddev.min() < 1e-5:  # min_log_std keeps a run above it; an agent that came otherwise may be there
         skipped = f"the policy's standard deviation is down to {float(old.stddev.min()):.1e}, where ratios mean nothing"
     elif not g.isfinite().all():
         skipped = "the policy gradient is not finite"

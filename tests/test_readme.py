@@ -24,7 +24,7 @@ FOREIGN = {"module", "RUN_DIR", "checkpoint.pt", "args.json", "runs/", "module:E
 
 
 def names_of_the_scripts():
-    """Functions, classes and Class.method of all four scripts."""
+    """Functions, classes, their methods, Class.method and attributes of all four scripts."""
     names = set()
     for script in SCRIPTS.values():
         for node in ast.parse(Path(script.__file__).read_text()).body:
@@ -33,6 +33,7 @@ def names_of_the_scripts():
             if isinstance(node, ast.ClassDef):
                 names |= {f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)}
                 names |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+                names |= set(re.findall(r"(?<=self\.)\w+|(?<=register_buffer\(')\w+", ast.unparse(node)))
     return names
 
 

@@ -418,6 +418,8 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     evaluate = ["--evaluate", "a", "--eval-episodes", "1"]
     assert "env_id: the run in a has 'Pendulum-v1'" in refused(script, [*evaluate, "--env-id", "Hopper-v5"], capsys)
     assert "hidden_size: the run in a has" in refused(script, [*evaluate, "--hidden-size", "32"], capsys)
+    no_normalization = [*evaluate, "--no-normalize-observations"]  # its statistics are in the checkpoint all the same
+    assert "normalize_observations: the run in a has True" in refused(script, no_normalization, capsys)
     script.main([*evaluate, "--seed", "5"])  # other episodes of the same run
     capsys.readouterr()
     assert "seed: the run" in refused(script, ["--resume", "a", "--total-timesteps", "99999", "--seed", "5"], capsys)
