@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from run import file_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -68,6 +69,11 @@ def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
         for row in sorted(csv.DictReader(f), key=lambda row: int(row["seed"])):
             rows[row["algorithm"], row["env_id"]].append(row)
     return rows
+
+
+def curve_of(run: dict[str, str]) -> Path:
+    """The CSV with step and return of every episode of a run, given its row of the summary."""
+    return RESULTS / run["algorithm"] / f"{file_name(run['env_id'], run['seed'])}.csv"
 
 
 def numbers(rows: list[dict[str, str]], column: str = "train_last_100") -> np.ndarray:
@@ -182,8 +188,7 @@ def aggregate_table() -> str:
 def seconds_to(goal: float, run: dict[str, str]) -> float:
     """Wall-clock seconds until the mean of 20 training episodes in a row first reached goal; infinite where never. The
     run must have a speed, which a resumed one has not."""
-    name = f"{run['env_id'].replace('/', '-')}__{run['seed']}.csv"
-    data = np.loadtxt(RESULTS / run["algorithm"] / name, delimiter=",", skiprows=1, ndmin=2)
+    data = np.loadtxt(curve_of(run), delimiter=",", skiprows=1, ndmin=2)
     means = np.convolve(data[:, 1], np.ones(20) / 20, "valid")
     if not (means >= goal).any():
         return np.inf
@@ -296,10 +301,9 @@ def marked(marker: str) -> re.Pattern:
     return re.compile(rf"(?<=<!-- {marker} -->\n\n).*?\n(?=\n<!-- end of {marker} -->)", re.S)
 
 
-def curve(algorithm: str, env_id: str, seed: str, steps: np.ndarray) -> np.ndarray:
+def curve(run: dict[str, str], steps: np.ndarray) -> np.ndarray:
     """Mean return of the episodes that ended within the last 5% of the run's length, at each of steps."""
-    name = f"{env_id.replace('/', '-')}__{seed}.csv"
-    data = np.loadtxt(RESULTS / algorithm / name, delimiter=",", skiprows=1, ndmin=2)
+    data = np.loadtxt(curve_of(run), delimiter=",", skiprows=1, ndmin=2)
     window = steps[-1] / 20
     means = []
     for step in steps:
@@ -316,8 +320,8 @@ def draw_atari() -> None:
     games = sorted({run["env_id"] for run in runs})
     figure, axes = plt.subplots(1, len(games), figsize=(5.5 * len(games), 3.6), squeeze=False)
     for run in runs:
-        axis, name = axes[0, games.index(run["env_id"])], f"{run['env_id'].replace('/', '-')}__{run['seed']}.csv"
-        steps, scores = np.loadtxt(RESULTS / run["algorithm"] / name, delimiter=",", skiprows=1).T
+        axis = axes[0, games.index(run["env_id"])]
+        steps, scores = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
         means = [scores[max(0, i - 99) : i + 1].mean() for i in range(len(scores))]
         axis.plot(steps / 1e6, means, label=f"{OTHERS[run['algorithm']]}, seed {run['seed']}")
     for axis, game in zip(axes[0], games):
@@ -355,7 +359,7 @@ def draw() -> None:
             runs = rows.get((algorithm, env_id), [])
             if not runs:
                 continue
-            curves = np.array([curve(algorithm, env_id, run["seed"], steps) for run in runs])
+            curves = np.array([curve(run, steps) for run in runs])
             axis.plot(steps / 1e6, curves.mean(0), color=COLORS[algorithm], label=name)
             if len(runs) > 2:
                 band = bootstrap((curves,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)

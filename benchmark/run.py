@@ -71,6 +71,11 @@ class Args:
     """Where the run directories go; they may be deleted once the CSVs are there."""
 
 
+def file_name(env_id: str, seed: int | str) -> str:
+    """What a run's files are called, without the suffix; an environment's id may hold what a file's name may not."""
+    return f"{env_id.replace('/', '-').replace(':', '-')}__{seed}"
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
@@ -103,7 +108,7 @@ def how_to_go_on(script: str, arguments: list[str], run_dir: Path) -> str:
 
 def run(args: Args, algorithm: str, env_id: str, seed: int) -> str:
     """One run from start, or from its checkpoint, to its CSV and its row; returns a line for the screen."""
-    name = f"{env_id.replace('/', '-')}__{seed}"
+    name = file_name(env_id, seed)
     (args.runs / algorithm).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(args.runs / algorithm / f"{name}.lock", timeout=0):
