@@ -42,12 +42,13 @@ import signal
 import sys
 import time
 from collections import deque
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
+if sys.platform == "linux" and "DISPLAY" not in os.environ and find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
 
 import gymnasium as gym
@@ -320,6 +321,10 @@ def collect(
     """
     action_space, device = envs.single_action_space, agent.actor_log_std.device
     obs, steps, episodes = obs.astype(np.float32), [], []
+    if not np.isfinite(obs).all():
+        raise FloatingPointError(
+            f"the environment returned an observation that is NaN or infinite at step {global_step}"
+        )
     for _ in range(num_steps):
         action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
         # Only the environment sees the clipped action: its log-probability would be another density's.
@@ -524,6 +529,8 @@ class Staggered(gym.Wrapper):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.steps -= 1
         cut = self.steps == 0 and not (terminated or truncated)
+        if terminated or truncated or cut:
+            obs = np.copy(obs)  # of an environment that fills one array again and again, the reset would overwrite it
         return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
 
 
@@ -598,8 +605,8 @@ class Run:
             self.run_dir = args.run_dir or free_run_dir(args)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
             (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
         except OSError as error:
             raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
@@ -642,8 +649,7 @@ class Run:
         check_fixed(self.args, checkpoint["args"])
         self.global_step = checkpoint["global_step"]
         self.recent_returns.extend(checkpoint["recent_returns"])
-        for name, part in self.parts.items():
-            part.load_state_dict(checkpoint[name])
+        load_parts(checkpoint, **self.parts)
         torch.set_rng_state(checkpoint["torch_rng"])
         if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -705,14 +711,16 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
 def load_checkpoint(run_dir: Path) -> dict:
     """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
     path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = checkpoint["script"], checkpoint["args"]
         if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
         saved_names = set(saved_args)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run") from error
+    except PermissionError as error:
+        raise RefusedError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:
         raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
     if script != SCRIPT:
@@ -720,6 +728,16 @@ def load_checkpoint(run_dir: Path) -> dict:
     if saved_names != {field.name for field in fields(Args)}:
         raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
     return checkpoint
+
+
+def load_parts(checkpoint: dict, **parts) -> None:
+    """Put the checkpoint's states into these parts. Raises RefusedError where they do not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError) as error:
+        env_id = checkpoint["args"]["env_id"]
+        raise RefusedError(f"env_id: {env_id} has other observations or actions now than the saved policy") from error
 
 
 def check_fixed(args: Args, saved: dict) -> None:
@@ -744,6 +762,7 @@ def check_args(args: Args) -> None:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             check(name, 0 < value < float("inf"), "positive and finite")
     batch = args.num_envs * args.num_steps
+    check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
     done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
     check(
         "total_timesteps",
@@ -754,9 +773,11 @@ def check_args(args: Args) -> None:
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
     check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
-    taken = args.run_dir and (args.resume or (args.run_dir / "checkpoint.pt").exists())
-    check("run_dir", not taken, "a new directory, or left out for --resume to go on with the run that one holds")
+    taken = args.run_dir and (args.resume or args.evaluate or os.path.exists(args.run_dir / "checkpoint.pt"))
+    check("run_dir", not taken, "a new directory, and left out for --resume and --evaluate, which have the saved run's")
     if args.capture_video:
+        writable = not args.evaluate or os.access(args.evaluate, os.W_OK)
+        check("capture_video", writable, f"off, as {args.evaluate} cannot be written")
         make_env(args.env_id, "rgb_array").close()
 
 
@@ -786,7 +807,7 @@ def main(argv: list[str] | None = None) -> None:
             spaces = env.observation_space, env.action_space
             device = torch.device("cuda" if args.device == "cuda" else "cpu")
             agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
-            agent.load_state_dict(checkpoint["agent"])
+            load_parts(checkpoint, agent=agent)
             report_evaluation(agent, args, args.evaluate)
         else:
             train(args)

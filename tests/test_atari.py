@@ -181,6 +181,11 @@ def test_what_is_no_game_is_refused_with_what_would_fit(env_id, message, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_game_without_an_action_that_does_nothing_can_be_evaluated():
+    env = ppo_atari.make_env("ALE/Backgammon-v5")
+    assert env.reset(seed=0)[0].shape == (4, 84, 84)
+
+
 def test_pixels_are_in_0_to_1():
     agent = ppo_atari.Agent(*SPACES)
     obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)

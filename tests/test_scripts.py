@@ -1,18 +1,24 @@
 """The scripts as their users run them: train, stop, resume, evaluate, refuse."""
 
+import ctypes.util
+import errno
 import json
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_clip_continuous
@@ -132,6 +138,14 @@ def test_video_without_a_display(tmp_path, monkeypatch):
     run("ppo_clip", "--evaluate", "a", "--capture-video", "--eval-episodes", 1, cwd=tmp_path)
     (video,) = (tmp_path / "a" / "videos").glob("*.mp4")
     assert video.stat().st_size > 1000 and video.read_bytes()[4:8] == b"ftyp"
+
+
+def test_a_machine_without_egl_trains_all_the_same(name, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    runpy.run_path(str(ROOT / f"{name}_continuous.py"))
+    assert "MUJOCO_GL" not in os.environ  # MuJoCo could not even be imported with egl
 
 
 def test_the_camera_follows_what_runs_away(script):
@@ -319,6 +333,12 @@ def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(what, tmp_p
     assert ppo_clip_continuous.load_checkpoint(tmp_path / "a")["global_step"] == 256
 
 
+def test_an_infinity_that_an_episode_starts_from_never_reaches_the_statistics(script, tmp_path):
+    with pytest.raises(FloatingPointError, match="an observation that is NaN or infinite at step 0"):
+        script.train(quick(script, tmp_path / "a", env_id="toy_envs:InfiniteStart-v0", checkpoint_interval=1))
+    assert all(x.isfinite().all() for x in script.load_checkpoint(tmp_path / "a")["agent"].values())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(script, batch, tmp_path, monkeypatch):
     original = script.estimate_advantages
     calls = []
@@ -353,6 +373,7 @@ REFUSALS = [
     ),
     (["--num-envs", "0"], "num_envs: 0 was given, but it must be positive"),
     (["--num-steps", "-5"], "num_steps: -5"),
+    (["--num-envs", "1", "--num-steps", "1"], "num_steps: 1 was given, but it must be at least 2"),
     (["--eval-episodes", "0"], "eval_episodes: 0"),
     (["--seed", "-1"], "seed: -1"),
     (["--gamma", "1.01"], "gamma: 1.01 was given, but it must be between 0.0 and 1.0"),
@@ -407,6 +428,11 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
+def another_pendulum(self, **kwargs):
+    self.action_space, self.observation_space = gym.spaces.Box(-2.0, 2.0, (1,)), gym.spaces.Box(-8.0, 8.0, (2,))
+    self.render_mode = None
+
+
 def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script.train(quick(script, tmp_path / "a"))
@@ -427,6 +453,18 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     assert "run_dir: b" in refused(script, ["--resume", "a", "--run-dir", "b", "--total-timesteps", "99999"], capsys)
     assert "eval_episodes: 0" in refused(script, ["--evaluate", "a", "--eval-episodes", "0"], capsys)
     assert "not both" in refused(script, ["--evaluate", "a", "--resume", "a"], capsys)
+    assert "run_dir: b" in refused(script, [*evaluate, "--run-dir", "b"], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert "capture_video: True" in refused(script, [*evaluate, "--capture-video"], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        assert "checkpoint.pt cannot be read (Permission denied)" in refused(script, evaluate, capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(PendulumEnv, "__init__", another_pendulum)
+        for arguments in (evaluate, ["--resume", "a", "--total-timesteps", "99999"]):
+            message = "env_id: Pendulum-v1 has other observations or actions now than the saved policy"
+            assert message in refused(script, arguments, capsys)
     path = tmp_path / "a" / "checkpoint.pt"
     good = path.read_bytes()
     for bad in (b"", b"junk", good[: len(good) // 2], pickle.dumps(Malicious()), pickle.dumps({"script": name})):

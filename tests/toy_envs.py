@@ -36,6 +36,13 @@ class Spoiled(Endless):
         return obs, reward, *rest
 
 
+class InfiniteStart(Endless):
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0] + np.float32(np.inf), {}
+
+
 class Five(Endless):
     """Ends by itself after 5 steps, and its infos never have the same shape twice."""
 
@@ -66,17 +73,22 @@ class Broken(Endless):
 
 
 class Counting(Endless):
-    """Observes the number of the step within its episode; the reward is the action that arrived."""
+    """Observes the number of the step within its episode, in an array that it fills again and again; the reward is the
+    action that arrived."""
 
     observation_space = gym.spaces.Box(0.0, 20.0, (1,))
 
+    def __init__(self):
+        self.t = np.zeros(1, np.float32)
+
     def reset(self, **kwargs):
-        self.t = 0
-        return super().reset(**kwargs)
+        super().reset(**kwargs)
+        self.t[0] = 0.0
+        return self.t, {}
 
     def step(self, action):
-        self.t += 1
-        return np.full(1, self.t, np.float32), float(action[0]), False, False, {}
+        self.t += 1.0
+        return self.t, float(action[0]), False, False, {}
 
 
 class Odd(gym.Env):
@@ -104,6 +116,7 @@ gym.register("Limitless-v0", Endless)
 gym.register("NanReward-v0", Spoiled, max_episode_steps=20, kwargs={"what": "reward"})
 gym.register("InfiniteObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "observation"})
 gym.register("HugeObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "huge"})
+gym.register("InfiniteStart-v0", InfiniteStart, max_episode_steps=20)
 gym.register("Counting-v0", Counting, max_episode_steps=7)
 gym.register("Five-v0", Five, max_episode_steps=20)
 gym.register("Whole-v0", Whole, max_episode_steps=20)
