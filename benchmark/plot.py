@@ -25,6 +25,11 @@ NAMES = {
 }
 OTHERS = {
     "ppo_none": "no clip, no penalty",
+    "paper_none": "no clip, no penalty, the paper's setting",
+    "paper_clip_0.2": "PPO, clipped, the paper's setting",
+    "collapse_none": "no clip, no penalty, see table1.md",
+    "collapse_none_raw": "no clip, no penalty, advantages as they are, see table1.md",
+    "collapse_clip_0.2_raw": "PPO, clipped, advantages as they are, see table1.md",
     "ppo_clip_bound": "PPO, clipped, target_kl = 0.03",
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",

@@ -3,6 +3,7 @@
     python benchmark/table1.py                         # runs what results/ does not hold yet, then writes the page
     python benchmark/table1.py --rows clip_0.2 kl_0.01 # only these rows
     python benchmark/table1.py --no-run                # only the page and the picture, from the CSVs that are there
+    python benchmark/table1.py --no-run --collapse     # where the collapse without clipping or penalty comes from
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
 not mention: one environment of 2,048 steps, lambda 0.95, a constant step size, advantages once an iteration, log-std
@@ -40,6 +41,15 @@ ROWS = {  # name: (what the paper calls it, its score, our command)
 }  # fmt: skip
 SAME = {"none": "ppo_none", "clip_0.2": "ppo_clip"}  # rows that the campaign of run.py has under another name
 IN_PAPER_SETTING = [row for row in ROWS if row != "trpo"]
+# Where the collapse of the unconstrained surrogate comes from: the paper's setting on HalfCheetah, 300,000 steps, with
+# advantages normalised or as they are, and actions within their box or not.
+RAW = ["--no-center-advantages", "--no-normalize-advantages"]
+COLLAPSE = {  # name: (row, what differs)
+    "collapse_none": ("none", []),
+    "collapse_none_raw": ("none", RAW),
+    "collapse_clip_0.2_raw": ("clip_0.2", RAW),
+}
+UNCLIPPED = "benchmark.unclipped:HalfCheetahUnclipped-v5"
 
 
 @dataclass
@@ -54,6 +64,8 @@ class Args:
     """Runs at a time."""
     run: bool = True
     """Run what is missing; off: only the page and the picture."""
+    collapse: bool = False
+    """Run COLLAPSE too."""
 
 
 def algorithm(row: str, setting: str) -> str:
@@ -109,10 +121,31 @@ def example() -> str:
     return "    python " + " ".join([*ROWS["none"][2], *PAPER_SETTING])
 
 
+def collapse_table() -> str:
+    """Returns of the 2 episodes before the first update, of the worst 10 in a row, and of the last 100: mean over
+    seeds, and in brackets the least and the greatest seed's."""
+    results, whiles = plot.summary(), ("before any update", "worst 10 episodes in a row", "last 100")
+    columns = [f"{actions}: {which}" for actions in ("actions within ±1", "as sampled") for which in whiles]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, (row, extra) in COLLAPSE.items():
+        cells = [f"{ROWS[row][0]}, advantages {'as they are' if extra else 'normalised'}"]
+        for env_id in ("HalfCheetah-v5", UNCLIPPED):
+            runs = results.get((name, env_id), [])
+            returns = [np.loadtxt(plot.curve_of(run), delimiter=",", skiprows=1)[:, 1] for run in runs]
+            tens = [np.convolve(of_run, np.ones(10) / 10, "valid") for of_run in returns]
+            first, worst = [of_run[:2].mean() for of_run in returns], [of_run.min() for of_run in tens]
+            for values in (first, worst, plot.numbers(runs)):
+                low, mean, high = (plot.short(f(values)) if runs else "" for f in (np.min, np.mean, np.max))
+                cells.append(f"{mean} ({low} to {high})" if runs else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     (PAGE, "ours"): lambda: table("ours"),
     (PAGE, "example"): example,
     (PAGE, "paper"): lambda: table("paper"),
+    (PAGE, "collapse"): collapse_table,
 }
 
 
@@ -152,6 +185,11 @@ def main(args: Args) -> None:
     if args.run:  # the zero of the scale: about 100 episodes and more
         zero = run.Args(algorithms=["random"], env_ids=env_ids, seeds=[1], total_timesteps=100_000)
         run.main(replace(zero, workers=args.workers))
+    if args.collapse:
+        for name, (row, extra) in COLLAPSE.items():
+            run.ALGORITHMS[name] = [*ROWS[row][2], *PAPER_SETTING, *extra]
+        why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
+        run.main(replace(why, seeds=args.seeds, workers=args.workers))
     plot.write(TABLES)
     draw()
 
