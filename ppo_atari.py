@@ -709,8 +709,8 @@ def load_parts(checkpoint: dict, **parts) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError) as error:
-        env_id = checkpoint["args"]["env_id"]
-        raise RefusedError(f"env_id: {env_id} has other observations or actions now than the saved policy") from error
+        what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
+        raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
 
 def check_fixed(args: Args, saved: dict) -> None:

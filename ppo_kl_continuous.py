@@ -562,7 +562,7 @@ class Staggered(gym.Wrapper):
         self.steps -= 1
         cut = self.steps == 0 and not (terminated or truncated)
         if terminated or truncated or cut:
-            obs = np.copy(obs)  # of an environment that fills one array again and again, the reset would overwrite it
+            obs = np.copy(obs)  # the reset may fill the same array again
         return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
 
 
@@ -768,8 +768,8 @@ def load_parts(checkpoint: dict, **parts) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError) as error:
-        env_id = checkpoint["args"]["env_id"]
-        raise RefusedError(f"env_id: {env_id} has other observations or actions now than the saved policy") from error
+        what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
+        raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
 
 def check_fixed(args: Args, saved: dict) -> None:

@@ -402,7 +402,7 @@ class Step(NamedTuple):
     theta: torch.Tensor  # the new parameters, or the old ones themselves
     accepted: bool
     tries: int
-    improvement: float  # L(θ) - L(θ_old) and mean KL, of a try that was not accepted too
+    improvement: float  # L(θ) - L(θ_old) and mean KL of the last try, accepted or not
     kl: float
 
 
@@ -541,7 +541,7 @@ def update_policy(
 
     # Step 6: the line search, or for NPG the full step as it is.
     skipped, result = "", Step(theta_old, False, 0, 0.0, 0.0)
-    if old.stddev.min() < 1e-5:  # min_log_std keeps a run above it; an agent that came otherwise may be there
+    if old.stddev.min() < 1e-5:  # never in a run, which min_log_std keeps above it
         skipped = f"the policy's standard deviation is down to {float(old.stddev.min()):.1e}, where ratios mean nothing"
     elif not g.isfinite().all():
         skipped = "the policy gradient is not finite"
@@ -713,7 +713,7 @@ class Staggered(gym.Wrapper):
         self.steps -= 1
         cut = self.steps == 0 and not (terminated or truncated)
         if terminated or truncated or cut:
-            obs = np.copy(obs)  # of an environment that fills one array again and again, the reset would overwrite it
+            obs = np.copy(obs)  # the reset may fill the same array again
         return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
 
 
@@ -919,8 +919,8 @@ def load_parts(checkpoint: dict, **parts) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError) as error:
-        env_id = checkpoint["args"]["env_id"]
-        raise RefusedError(f"env_id: {env_id} has other observations or actions now than the saved policy") from error
+        what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
+        raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
 
 def check_fixed(args: Args, saved: dict) -> None:

@@ -463,7 +463,7 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     with monkeypatch.context() as patch:
         patch.setattr(PendulumEnv, "__init__", another_pendulum)
         for arguments in (evaluate, ["--resume", "a", "--total-timesteps", "99999"]):
-            message = "env_id: Pendulum-v1 has other observations or actions now than the saved policy"
+            message = "env_id: Pendulum-v1 or this script's Agent has changed since the run was saved"
             assert message in refused(script, arguments, capsys)
     path = tmp_path / "a" / "checkpoint.pt"
     good = path.read_bytes()
