@@ -120,8 +120,8 @@ def directions(agent: TwoParameters) -> tuple[np.ndarray, np.ndarray]:
     return (g / g.norm()).numpy(), (x / x.norm()).numpy()
 
 
-def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: float) -> np.ndarray:
-    """The (mean, log-std) that each iteration of an algorithm reaches, [iterations + 1, 2], from batches of 2,048."""
+def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: float, batch: int) -> np.ndarray:
+    """The (mean, log-std) that each iteration of an algorithm reaches, [iterations + 1, 2]."""
     agent = TwoParameters(*start)
     parameters = agent.actor_parameters()
     optimizer = torch.optim.Adam(parameters, lr=3e-3, eps=1e-5)
@@ -129,7 +129,7 @@ def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: 
     options = {"max_kl": delta} if script is trpo else {"target_kl": delta} if script is kl else {}
     args, path = script.Args(**options), [start]
     for _ in range(iterations):
-        obs, actions, advantages = experience(agent, 2048)
+        obs, actions, advantages = experience(agent, batch)
         with torch.no_grad():
             old = agent.distribution(obs)
             old_log_probs = old.log_prob(actions)
@@ -138,10 +138,10 @@ def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: 
         else:
             zeros = torch.zeros(len(obs))  # no critic here: returns and old values
             about_old = [old.mean, old.stddev] if script is kl else []
-            batch = (obs, actions, old_log_probs, *about_old, advantages, zeros, zeros)
+            samples = (obs, actions, old_log_probs, *about_old, advantages, zeros, zeros)
             for _ in range(args.num_epochs):
                 for rows in torch.randperm(len(obs)).split(64):
-                    minibatch = tuple(x[rows] for x in batch)
+                    minibatch = tuple(x[rows] for x in samples)
                     for parameter, grad in zip(parameters, script.loss_gradient(agent, parameters, minibatch, args)):
                         parameter.grad = grad
                     optimizer.step()
@@ -158,7 +158,7 @@ def natural_gradient(args: Args) -> dict:
     grid = [(mean, log_std) for mean in np.linspace(-1.0, 0.9, 8) for log_std in np.linspace(-1.9, 0.4, 7)]
     fields = [directions(TwoParameters(*point)) for point in grid]
     start, delta = (-0.8, 0.0), 0.03
-    paths = {name: iterate(name, start, 30, delta) for name in ("TRPO", "PPO, clipped", "PPO, adaptive KL")}
+    paths = {name: iterate(name, start, 30, delta, 2048) for name in ("TRPO", "PPO, clipped", "PPO, adaptive KL")}
     means, log_stds = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-2.5, 1.0, 301))
     one = torch.ones(means.size, 1)
     new = Normal(torch.tensor(means.reshape(-1, 1)), torch.tensor(log_stds.reshape(-1, 1)).exp())

@@ -19,7 +19,7 @@ class Endless(gym.Env):
 
 
 class Spoiled(Endless):
-    """Returns a NaN reward, or an infinite observation or one beyond float32, at the 300th step of the process."""
+    """Returns a NaN reward, or an infinite observation or one beyond float32, at its 300th step."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     steps = 0
@@ -29,8 +29,8 @@ class Spoiled(Endless):
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
-        Spoiled.steps += 1
-        if Spoiled.steps == 300:
+        self.steps += 1
+        if self.steps == 300:
             reward = np.nan if self.what == "reward" else reward
             obs = obs.astype(float) + {"reward": 0.0, "observation": np.inf, "huge": 1e39}[self.what]
         return obs, reward, *rest
