@@ -572,10 +572,10 @@ class Run:
         self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
         self.stop_signal = 0
         if args.resume:
-            self.run_dir = args.resume
+            self.run_dir = Path(args.resume)
             self.restore(load_checkpoint(args.resume))
         else:
-            self.run_dir = args.run_dir or free_run_dir(args)
+            self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
@@ -677,8 +677,9 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
         **{name: part.state_dict() for name, part in parts.items()},
     }
-    torch.save(checkpoint, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    path = Path(run_dir) / "checkpoint.pt"
+    torch.save(checkpoint, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(run_dir: Path) -> dict:
@@ -746,7 +747,7 @@ def check_args(args: Args) -> None:
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
     check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
-    taken = args.run_dir and (args.resume or args.evaluate or os.path.exists(args.run_dir / "checkpoint.pt"))
+    taken = args.run_dir and (args.resume or args.evaluate or os.path.exists(Path(args.run_dir, "checkpoint.pt")))
     check("run_dir", not taken, "a new directory, and left out for --resume and --evaluate, which have the saved run's")
     if args.capture_video:
         writable = not args.evaluate or os.access(args.evaluate, os.W_OK)

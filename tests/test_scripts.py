@@ -292,9 +292,10 @@ def test_the_evaluation_of_a_task_that_nothing_ends_comes_to_an_end(script):
 
 
 def test_a_resumed_run_takes_the_step_size_that_it_is_given(script, batch, tmp_path):
-    script.train(quick(script, tmp_path / "a", anneal_lr=True, learning_rate=1e-3))
+    where = str(tmp_path / "a")  # from Python a string is a path too
+    script.train(quick(script, where, anneal_lr=True, learning_rate=1e-3))
     changes = {"anneal_lr": False, "learning_rate": 2e-3, "total_timesteps": 4 * batch}
-    script.train(quick(script, None, resume=tmp_path / "a", **changes))
+    script.train(quick(script, None, resume=where, **changes))
     assert [x for _, x in scalars(tmp_path / "a")["charts/learning_rate"]] == pytest.approx([1e-3, 5e-4, 2e-3, 2e-3])
 
 
