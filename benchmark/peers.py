@@ -67,6 +67,10 @@ def learn(args: Args, writer: SummaryWriter) -> np.ndarray:
                     writer.add_scalar("charts/episodic_return", info["episode"]["r"], self.num_timesteps)
             return True
 
+        def _on_rollout_end(self) -> None:
+            log_std = self.model.policy.log_std.mean().item()  # how much noise its training episodes have
+            writer.add_scalar("charts/log_std", log_std, self.num_timesteps)
+
     torch.set_num_threads(1)
     env = VecNormalize(make_vec_env(args.env_id, seed=args.seed))
     model = {"ppo": PPO, "trpo": TRPO}[args.algorithm]("MlpPolicy", env, seed=args.seed, device="cpu")
