@@ -103,7 +103,7 @@ def quick(script, run_dir, **changes):
     return script.Args(**{**defaults, **changes})
 
 
-def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
+def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path, capsys):
     batch, sizes = 4 * 256, ["--num-envs", 4, "--num-steps", 256, "--total-timesteps", 2 * 4 * 256]
     out = run(name, "--env-id", "Pendulum-v1", *sizes, "--eval-episodes", 2, cwd=tmp_path)
     (run_dir,) = (tmp_path / "runs").iterdir()
@@ -123,7 +123,8 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
     assert len(logged["charts/episodic_return"]) == 2 * whole
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    out = run(name, "--evaluate", run_dir, "--eval-episodes", 3, cwd=tmp_path)
+    script.main(["--evaluate", str(run_dir), "--eval-episodes", "3"])
+    out = capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     evaluation = re.compile(r"evaluation: .* over 3 episodes")
     assert evaluation.search(out)[0] == evaluation.search(trained)[0]  # the saved agent, and the same episodes
@@ -132,8 +133,8 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path):
 def test_video_without_a_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    steps = ("--num-envs", 2, "--num-steps", 32, "--total-timesteps", 64, "--num-epochs", 1)
-    run("ppo_clip", "--env-id", "Reacher-v5", *steps, "--run-dir", "a", "--eval-episodes", 1, cwd=tmp_path)
+    size = {"num_envs": 2, "num_steps": 32, "total_timesteps": 64}
+    ppo_clip_continuous.train(quick(ppo_clip_continuous, tmp_path / "a", env_id="Reacher-v5", **size))
     run("ppo_clip", "--evaluate", "a", "--capture-video", "--eval-episodes", 1, cwd=tmp_path)
     (video,) = (tmp_path / "a" / "videos").glob("*.mp4")
     assert video.stat().st_size > 1000 and video.read_bytes()[4:8] == b"ftyp"
@@ -235,7 +236,7 @@ def test_a_stopped_run_resumes(signal_number, vectorization, tmp_path):
         assert process.returncode == 128 + signal_number
         assert f"stopped at step {step}; go on with --resume a" in out
     goal = step + 2 * batch
-    run("ppo_clip", "--resume", "a", "--total-timesteps", goal, "--eval-episodes", 1, cwd=tmp_path)
+    ppo_clip_continuous.main(["--resume", str(tmp_path / "a"), "--total-timesteps", str(goal), "--eval-episodes", "1"])
     steps = [step for step, _ in scalars(tmp_path / "a")["losses/value_loss"]]
     assert steps == list(range(batch, goal + 1, batch))  # none lost, none twice
 
