@@ -294,6 +294,7 @@ def time_table() -> str:
 
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
     (ROOT / "README.md", "results"): results_table,
+    (ROOT / "README.md", "peers"): peers_table,
     (ROOT / "README.md", "Atari"): atari_table,
     (ROOT / "benchmark" / "README.md", "aggregate"): aggregate_table,
     (ROOT / "benchmark" / "README.md", "peers"): peers_table,
