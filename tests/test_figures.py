@@ -29,7 +29,7 @@ def test_natural_gradient_follows_its_closed_form():
 
 @pytest.mark.parametrize("name", ["TRPO", "PPO, clipped", "PPO, adaptive KL"])
 def test_iterates_go_to_the_best_action_and_trpos_stay_on_their_circles(name):
-    path, delta = draw.iterate(name, (-0.8, 0.0), iterations=30, delta=0.03, batch=512), 0.03
+    path, delta = draw.iterate(name, (-0.8, 0.0), iterations=20, delta=0.03, batch=256), 0.03
     assert abs(path[-1, 0] - 1.0) < 0.1 and path[-1, 1] < -1.0  # the mean goes to the best action, the std falls
     if name == "TRPO":
         (old_mean, old_std), (mean, std) = path[:2]
