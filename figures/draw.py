@@ -153,12 +153,14 @@ def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: 
     return np.array(path)
 
 
-def natural_gradient(args: Args) -> dict:
+def natural_gradient(args: Args, iterations: int = 30, batch: int = 2048) -> dict:
     torch.manual_seed(0)
     grid = [(mean, log_std) for mean in np.linspace(-1.0, 0.9, 8) for log_std in np.linspace(-1.9, 0.4, 7)]
     fields = [directions(TwoParameters(*point)) for point in grid]
     start, delta = (-0.8, 0.0), 0.03
-    paths = {name: iterate(name, start, 30, delta, 2048) for name in ("TRPO", "PPO, clipped", "PPO, adaptive KL")}
+    paths = {
+        name: iterate(name, start, iterations, delta, batch) for name in ("TRPO", "PPO, clipped", "PPO, adaptive KL")
+    }
     means, log_stds = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-2.5, 1.0, 301))
     one = torch.ones(means.size, 1)
     new = Normal(torch.tensor(means.reshape(-1, 1)), torch.tensor(log_stds.reshape(-1, 1)).exp())

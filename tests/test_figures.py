@@ -20,21 +20,17 @@ def test_clipped_objective_is_the_papers_figure_1():
 
 
 def test_natural_gradient_follows_its_closed_form():
-    """With H = diag(1/σ², 2) the natural gradient is (σ² g_1, g_2 / 2)."""
-    for mean, log_std in [(-1.0, -1.9), (0.2, -0.5), (0.9, 0.4)]:
-        vanilla, natural = draw.directions(draw.TwoParameters(mean, log_std))
-        expected = vanilla * np.array([np.exp(2 * log_std), 0.5])
-        assert expected @ natural / np.linalg.norm(expected) > 0.99
-
-
-@pytest.mark.parametrize("name", ["TRPO", "PPO, clipped", "PPO, adaptive KL"])
-def test_iterates_go_to_the_best_action_and_trpos_stay_on_their_circles(name):
-    path, delta = draw.iterate(name, (-0.8, 0.0), iterations=20, delta=0.03, batch=256), 0.03
-    assert abs(path[-1, 0] - 1.0) < 0.1 and path[-1, 1] < -1.0  # the mean goes to the best action, the std falls
-    if name == "TRPO":
-        (old_mean, old_std), (mean, std) = path[:2]
-        kl = std - old_std + (np.exp(2 * old_std) + (old_mean - mean) ** 2) / (2 * np.exp(2 * std)) - 0.5
-        assert 0.5 * delta < kl <= delta * 1.001
+    """With H = diag(1/σ², 2) the natural gradient is (σ² g_1, g_2 / 2), and TRPO's steps stay on their circles."""
+    data = draw.natural_gradient(draw.Args(), iterations=20, batch=256)
+    sigma = np.exp(data["grid"][:, 1:])
+    expected = data["vanilla"] * np.hstack([sigma**2, np.full_like(sigma, 0.5)])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs((expected * data["natural"]).sum(1)).min() > 0.99
+    for path in data["paths"].values():
+        assert abs(path[-1, 0] - 1.0) < 0.1 and path[-1, 1] < -1.0  # the mean goes to the best action, the std falls
+    (old_mean, old_std), (mean, std) = data["paths"]["TRPO"][:2]
+    kl = std - old_std + (np.exp(2 * old_std) + (old_mean - mean) ** 2) / (2 * np.exp(2 * std)) - 0.5
+    assert 0.5 * data["delta"] < kl <= data["delta"] * 1.001
 
 
 def test_line_search_and_conjugate_gradient_on_a_real_batch():

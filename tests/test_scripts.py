@@ -327,10 +327,13 @@ def test_flattened_observations_and_shaped_actions(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("what", ["NanReward", "InfiniteObservation", "HugeObservation"])
-def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(script, what, tmp_path):
-    options = {"num_envs": 1, "num_steps": 128, "total_timesteps": 512, "checkpoint_interval": 1}
-    with pytest.raises(FloatingPointError, match=f"{'a reward' if 'Reward' in what else 'an observation'}.* step 300"):
-        script.train(quick(script, tmp_path / "a", env_id=f"toy_envs:{what}-v0", **options))
+def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(script, what, tmp_path, capsys):
+    size = "--num-envs 1 --num-steps 128 --total-timesteps 512 --checkpoint-interval 1".split()
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--env-id", f"toy_envs:{what}-v0", *size, "--run-dir", str(tmp_path / "a")])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and "stopped: the environment returned" in err
+    assert ("a reward" if what == "NanReward" else "an observation") in err and "at step 300" in err
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == 256
 
 
