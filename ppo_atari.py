@@ -43,6 +43,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
@@ -83,8 +84,8 @@ class Args:
     num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 5]"""
     repeat_action_probability: float = 0.0
-    """Sticky actions: how likely the emulator repeats the last action in training; evaluation has none.
-    [Machado et al. 2018: 0.25; papers before: 0]"""
+    """Sticky actions: how likely the emulator repeats the last action instead of taking the new one, in training and
+    evaluation. [Machado et al. 2018: 0.25; papers before: 0]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network lives; auto is the GPU where there is one."""
     num_threads: int = os.cpu_count() or 1
@@ -511,11 +512,15 @@ class FireReset(gym.Wrapper):
         return self.env.step(meanings.index("FIRE"))[::4] if "FIRE" in meanings else (obs, info)
 
 
-def make_env(env_id: str, render_mode: str | None = None, video_dir: Path | None = None) -> gym.Env:
+def make_env(
+    env_id: str, render_mode: str | None = None, video_dir: Path | None = None, repeat_action_probability: float = 0.0
+) -> gym.Env:
     """One game, played to its end, with the same preprocessing; video_dir records the first game in colour."""
     game_of(env_id)
     try:
-        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, render_mode=render_mode)
+        env = gym.make(
+            env_id, frameskip=1, repeat_action_probability=repeat_action_probability, render_mode=render_mode
+        )
     except gym.error.Error as error:
         raise RefusedError(f"env_id: {env_id!r} cannot be made ({error})") from error
     noop_max = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon and VideoCheckers have none
@@ -526,13 +531,20 @@ def make_env(env_id: str, render_mode: str | None = None, video_dir: Path | None
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
+def evaluate(
+    agent: Agent,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    video_dir: Path | None = None,
+    repeat_action_probability: float = 0.0,
+) -> np.ndarray:
     """Raw scores [num_episodes] of full games; agent and random state stay as they are.
 
     Actions are sampled, as in training: the most likely one alone can wait for ever for a ball that
     only FIRE would bring. With video_dir the first game is recorded there as an mp4.
     """
-    env = make_env(env_id, "rgb_array" if video_dir else None, video_dir)
+    env = make_env(env_id, "rgb_array" if video_dir else None, video_dir, repeat_action_probability)
     returns = np.zeros(num_episodes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -551,7 +563,8 @@ def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir:
 def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
     """Evaluate with args and print what came out."""
     video_dir = run_dir / "videos" if args.capture_video else None
-    returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
+    seed, sticky = args.seed + 10_000, args.repeat_action_probability
+    returns = evaluate(agent, args.env_id, args.eval_episodes, seed, video_dir, sticky)
     print(f"run directory: {run_dir}")
     print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     if video_dir:
@@ -586,7 +599,9 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
         # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
-        self.old_handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python takes handlers from the main thread only; beside one, signals are the business of the program around.
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.old_handlers = {s: signal.signal(s, self.stop) for s in signals}
 
     def stop(self, signal_number: int, frame) -> None:
         if self.stop_signal:  # asked twice: at once, with the last checkpoint

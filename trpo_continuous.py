@@ -48,6 +48,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -796,7 +797,9 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
         # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
-        self.old_handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python takes handlers from the main thread only; beside one, signals are the business of the program around.
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.old_handlers = {s: signal.signal(s, self.stop) for s in signals}
 
     def stop(self, signal_number: int, frame) -> None:
         if self.stop_signal:  # asked twice: at once, with the last checkpoint

@@ -284,10 +284,14 @@ def test_scores_are_raw_and_rewards_their_signs():
     assert [int(info["length"][0]) for *_, info in steps] == [1, 2, 3] * 2
 
 
-def test_sticky_actions_reach_the_emulator(monkeypatch):
-    asked, original = {}, ppo_atari.AtariVectorEnv
+def test_sticky_actions_reach_the_emulator_in_training_and_evaluation(monkeypatch, tmp_path):
+    args, asked = small(env_id="ALE/Pong-v5", repeat_action_probability=0.25), []
+    vector_env, make_env = ppo_atari.AtariVectorEnv, ppo_atari.make_env
     monkeypatch.setattr(
-        ppo_atari, "AtariVectorEnv", lambda *x, **kwargs: asked.update(kwargs) or original(*x, **kwargs)
+        ppo_atari, "AtariVectorEnv", lambda *x, **kwargs: asked.append(kwargs) or vector_env(*x, **kwargs)
     )
-    ppo_atari.make_envs(small(repeat_action_probability=0.25))
-    assert asked["repeat_action_probability"] == 0.25
+    ppo_atari.make_envs(args)
+    assert asked.pop()["repeat_action_probability"] == 0.25
+    monkeypatch.setattr(ppo_atari, "make_env", lambda *x: asked.append(make_env(*x)) or Frames())
+    ppo_atari.report_evaluation(ppo_atari.Agent(Frames.observation_space, Frames.action_space), args, tmp_path)
+    assert asked.pop().unwrapped.ale.getFloat("repeat_action_probability") == 0.25

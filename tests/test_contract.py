@@ -21,7 +21,9 @@ OWN_NAMES = {
 # What the algorithms are allowed to differ in, and what pixels and games make differ besides; everything else of one
 # name is one text.
 DIFFER = {"Args", "Agent", "loss_gradient", "update", "train"}
-ATARI_DIFFERS = {"Rollout", "collect", "estimate_advantages", "make_env", "make_envs", "evaluate", "main"}
+ATARI_DIFFERS = {
+    "Rollout", "collect", "estimate_advantages", "make_env", "make_envs", "evaluate", "report_evaluation", "main",
+}  # fmt: skip
 
 
 def definitions(path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -239,6 +240,12 @@ def test_a_stopped_run_resumes(signal_number, vectorization, tmp_path):
     ppo_clip_continuous.main(["--resume", str(tmp_path / "a"), "--total-timesteps", str(goal), "--eval-episodes", "1"])
     steps = [step for step, _ in scalars(tmp_path / "a")["losses/value_loss"]]
     assert steps == list(range(batch, goal + 1, batch))  # none lost, none twice
+
+
+def test_training_runs_outside_the_main_thread(script, tmp_path):
+    """As under Ray Tune; Python refuses signal handlers there."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(script.train, quick(script, tmp_path / "a")).result() == tmp_path / "a"
 
 
 def test_a_restored_run_is_the_saved_one(script, batch, tmp_path, monkeypatch):
