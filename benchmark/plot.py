@@ -34,6 +34,7 @@ OTHERS = {
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
     "trpo_no_floor": "TRPO, no floor",
+    "npg_no_floor": "NPG, no floor",
     "trpo_gamma": "TRPO, γ = 0.9999",
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",

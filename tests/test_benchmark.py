@@ -68,5 +68,5 @@ def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
     assert "FAILED" not in run.run(args, "npg", "Pendulum-v1", 101)
     again = (tmp_path / "results" / "summary.csv").read_text().splitlines()[1]
     assert again.split(",")[:7] == row.split(",")[:7] and again.split(",")[7] == ""  # no speed
-    (tmp_path / "runs" / "npg").rename(tmp_path / "runs" / "trpo")
-    assert "other arguments (min_log_std, line_search)" in run.run(args, "trpo", "Pendulum-v1", 101)
+    (tmp_path / "runs" / "npg").rename(tmp_path / "runs" / "trpo_no_floor")
+    assert "other arguments (min_log_std, line_search)" in run.run(args, "trpo_no_floor", "Pendulum-v1", 101)
