@@ -563,8 +563,9 @@ def evaluate(
 def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
     """Evaluate with args and print what came out."""
     video_dir = run_dir / "videos" if args.capture_video else None
-    seed, sticky = args.seed + 10_000, args.repeat_action_probability
-    returns = evaluate(agent, args.env_id, args.eval_episodes, seed, video_dir, sticky)
+    returns = evaluate(
+        agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir, args.repeat_action_probability
+    )
     print(f"run directory: {run_dir}")
     print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     if video_dir:
@@ -599,7 +600,7 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
         # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
-        # Python takes handlers from the main thread only; beside one, signals are the business of the program around.
+        # Python takes handlers from the main thread only; in another one, signals are left to the program around it.
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self.old_handlers = {s: signal.signal(s, self.stop) for s in signals}
 

@@ -797,7 +797,7 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.start_time, self.start_step = time.perf_counter(), self.global_step
         # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
-        # Python takes handlers from the main thread only; beside one, signals are the business of the program around.
+        # Python takes handlers from the main thread only; in another one, signals are left to the program around it.
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self.old_handlers = {s: signal.signal(s, self.stop) for s in signals}
 

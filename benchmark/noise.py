@@ -20,8 +20,10 @@ def play(run_dir: Path, episodes: int = 20) -> None:
     """Print mean return, mean length and reward a step at each k, and σ."""
     script = importlib.import_module(torch.load(run_dir / "checkpoint.pt", weights_only=True)["script"])
     checkpoint = script.load_checkpoint(run_dir)
-    env = script.make_env(checkpoint["args"]["env_id"])
-    agent = script.Agent(env.observation_space, env.action_space, checkpoint["args"]["hidden_size"])
+    args = script.Args(**checkpoint["args"])
+    env = script.make_env(args.env_id)
+    spaces = env.observation_space, env.action_space
+    agent = script.Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations)
     script.load_parts(checkpoint, agent=agent)
     print(run_dir, "σ:", *(f"{std:.2f}" for std in agent.actor_log_std.exp()))
     torch.manual_seed(0)
