@@ -23,13 +23,21 @@ NAMES = {
     "trpo": "TRPO",
     "npg": "NPG",
 }
+TABLE_1 = {  # the rows of table1.py
+    "none": "no clipping or penalty",
+    **{f"clip_{e}": f"clipping, ε = {e}" for e in (0.1, 0.2, 0.3)},
+    **{f"kl_{d}": f"adaptive KL, d_targ = {d}" for d in (0.003, 0.01, 0.03)},
+    **{f"beta_{b}": f"fixed KL, β = {b}" for b in (0.3, 1, 3, 10)},
+    "trpo": "TRPO, δ = 0.01",
+}
 OTHERS = {
-    "ppo_none": "no clip, no penalty",
-    "paper_none": "no clip, no penalty, the paper's setting",
-    "paper_clip_0.2": "PPO, clipped, the paper's setting",
-    "collapse_none": "no clip, no penalty, see table1.md",
-    "collapse_none_raw": "no clip, no penalty, advantages as they are, see table1.md",
-    "collapse_clip_0.2_raw": "PPO, clipped, advantages as they are, see table1.md",
+    "ppo_none": "no clipping or penalty",
+    **{row: name for row, name in TABLE_1.items() if row not in NAMES},
+    **{f"paper_{row}": f"{name}, the paper's setting" for row, name in TABLE_1.items()},
+    **{f"one_env_{row}": f"{name}, the paper's setting, one environment" for row, name in TABLE_1.items()},
+    "collapse_none": "no clipping or penalty, see table1.md",
+    "collapse_none_raw": "no clipping or penalty, advantages as they are, see table1.md",
+    "collapse_clip_0.2_raw": "clipping, advantages as they are, see table1.md",
     "ppo_clip_bound": "PPO, clipped, target_kl = 0.03",
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
@@ -91,8 +99,8 @@ def short(value: float) -> str:
 
 
 def mean_of_tasks(*tasks: np.ndarray) -> float:
-    """Mean over all the runs of several tasks, each an array with one score a run."""
-    return float(np.concatenate(tasks).mean())
+    """Mean over several tasks, each an array with one score a run: every task counts the same."""
+    return float(np.mean([runs.mean() for runs in tasks]))
 
 
 def interquartile_mean(*tasks: np.ndarray) -> float:

@@ -6,9 +6,12 @@
     python benchmark/table1.py --no-run --collapse     # where the collapse without clipping or penalty comes from
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
-not mention: one environment of 2,048 steps, lambda 0.95, a constant step size, advantages once an iteration, log-std
+not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, log-std
 starting at 0, no normalisation of observations, no scaling of rewards, no clipping of the gradient's norm. Where it is
 silent: advantages are normalised, as a beta means nothing beside advantages of arbitrary scale; networks start as ours.
+The 2,048 steps are 8 environments' 256: one environment's take more than twice as long. "one_env" checks that:
+
+    python benchmark/table1.py --settings one_env --tasks HalfCheetah --rows none --seeds 1
 
 Writes table1.md (between its markers) and results/table1.png.
 """
@@ -26,19 +29,21 @@ PAGE = Path(__file__).parent / "table1.md"
 TASKS = ["HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d"]
 CLIP, KL = "ppo_clip_continuous.py", "ppo_kl_continuous.py"
 PAPER_SETTING = (
-    "--num-envs 1 --num-steps 2048 --gae-lambda 0.95 --no-anneal-lr --no-recompute-advantages --init-log-std 0 "
-    "--no-normalize-observations --no-scale-rewards --center-advantages --normalize-advantages --max-grad-norm 1e9"
+    "--gae-lambda 0.95 --no-anneal-lr --no-recompute-advantages --init-log-std 0 --no-normalize-observations "
+    "--no-scale-rewards --center-advantages --normalize-advantages --max-grad-norm 1e9"
 ).split()
-ROWS = {  # name: (what the paper calls it, its score, our command)
-    "none": ("no clipping or penalty", -0.39, [KL, "--kl-coef", "0", "--no-adapt-kl-coef"]),
-    **{f"clip_{e}": (f"clipping, ε = {e}", score, [CLIP, "--clip-coef", f"{e}"])
-       for e, score in ((0.1, 0.76), (0.2, 0.82), (0.3, 0.70))},
-    **{f"kl_{d}": (f"adaptive KL, d_targ = {d}", score, [KL, "--target-kl", f"{d}"])
-       for d, score in ((0.003, 0.68), (0.01, 0.74), (0.03, 0.71))},
-    **{f"beta_{b}": (f"fixed KL, β = {b}", score, [KL, "--kl-coef", f"{b}", "--no-adapt-kl-coef"])
-       for b, score in ((0.3, 0.62), (1, 0.71), (3, 0.72), (10, 0.69))},
-    "trpo": ("TRPO, δ = 0.01", None, ["trpo_continuous.py"]),
-}  # fmt: skip
+ONE_ENV = "--num-envs 1 --num-steps 2048".split()
+SETTINGS = {"ours": [], "paper": PAPER_SETTING, "one_env": [*ONE_ENV, *PAPER_SETTING]}
+ROWS = {  # one of plot.TABLE_1: (the paper's score, our command)
+    "none": (-0.39, [KL, "--kl-coef", "0", "--no-adapt-kl-coef"]),
+    **{f"clip_{e}": (score, [CLIP, "--clip-coef", f"{e}"]) for e, score in ((0.1, 0.76), (0.2, 0.82), (0.3, 0.70))},
+    **{f"kl_{d}": (score, [KL, "--target-kl", f"{d}"]) for d, score in ((0.003, 0.68), (0.01, 0.74), (0.03, 0.71))},
+    **{
+        f"beta_{b}": (score, [KL, "--kl-coef", f"{b}", "--no-adapt-kl-coef"])
+        for b, score in ((0.3, 0.62), (1, 0.71), (3, 0.72), (10, 0.69))
+    },
+    "trpo": (None, ["trpo_continuous.py"]),
+}
 SAME = {"none": "ppo_none", "clip_0.2": "ppo_clip"}  # rows that the campaign of run.py has under another name
 IN_PAPER_SETTING = [row for row in ROWS if row != "trpo"]
 # Where the collapse of the unconstrained surrogate comes from: the paper's setting on HalfCheetah, 300,000 steps, with
@@ -57,7 +62,9 @@ class Args:
     rows: list[str] = field(default_factory=lambda: list(ROWS))
     """Which of ROWS to run."""
     settings: list[str] = field(default_factory=lambda: ["ours", "paper"])
-    """Which of the two settings to run."""
+    """Which of SETTINGS to run."""
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    """Which of TASKS to run."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds of each run."""
     workers: int = os.cpu_count() or 1
@@ -70,7 +77,7 @@ class Args:
 
 def algorithm(row: str, setting: str) -> str:
     """The name that a row has in results/summary.csv."""
-    return SAME.get(row, row) if setting == "ours" else f"paper_{row}"
+    return SAME.get(row, row) if setting == "ours" else f"{setting}_{row}"
 
 
 def returns(name: str) -> list[np.ndarray]:
@@ -82,9 +89,9 @@ def returns(name: str) -> list[np.ndarray]:
 
 def scores(setting: str) -> dict[str, list[np.ndarray]]:
     """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
-    best row of both settings on that task, 1 (section 6.1). Only rows with all of their 21 runs count."""
+    best row of both settings on that task, 1 (section 6.1). Only rows that have been run on every task count."""
     rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
-    rows = {key: tasks for key, tasks in rows.items() if all(len(runs) == 3 for runs in tasks)}
+    rows = {key: tasks for key, tasks in rows.items() if all(map(len, tasks))}
     zero = [runs.mean() for runs in returns("random")] if rows else []
     best = [max(runs.mean() for runs in of_task) for of_task in zip(*rows.values())]
     return {
@@ -96,18 +103,19 @@ def scores(setting: str) -> dict[str, list[np.ndarray]]:
 
 def table(setting: str) -> str:
     """The paper's table 1 with ours beside it, bootstrap intervals over seeds, mean returns task by task, and the
-    command of each row. A row without all of its 21 runs has no score."""
+    command of each row. A row has a score when it has been run on every task, and an interval with its 21 runs."""
     lines = ["| | paper | score | 95% interval | runs | " + " | ".join(TASKS) + " | command |"]
     lines.append("| --- |" + " --- |" * (len(TASKS) + 5))
     complete = scores(setting)
-    for row, (name, paper, _) in ROWS.items():
+    for row, (paper, _) in ROWS.items():
         tasks, score, interval = returns(algorithm(row, setting)), "", ""
         if not any(map(len, tasks)):
             continue
         if row in complete:
-            low, high = plot.interval(complete[row], plot.mean_of_tasks)
-            score, interval = f"{plot.mean_of_tasks(*complete[row]):.2f}", f"{low:.2f} to {high:.2f}"
-        cells = [name, "" if paper is None else paper, score, interval, sum(map(len, tasks))]
+            score = f"{plot.mean_of_tasks(*complete[row]):.2f}"
+            if all(len(runs) == 3 for runs in tasks):
+                interval = "{:.2f} to {:.2f}".format(*plot.interval(complete[row], plot.mean_of_tasks))
+        cells = [plot.TABLE_1[row], "" if paper is None else paper, score, interval, sum(map(len, tasks))]
         for runs in tasks:
             seeds = "" if len(runs) == 3 else f", {len(runs)} seed{'s' * (len(runs) > 1)}"
             cells.append(f"{plot.short(runs.mean())}{seeds}" if len(runs) else "")
@@ -118,7 +126,23 @@ def table(setting: str) -> str:
 
 def example() -> str:
     """What the paper's setting is on the command line: that of its first row."""
-    return "    python " + " ".join([*ROWS["none"][2], *PAPER_SETTING])
+    return "    python " + " ".join([*ROWS["none"][1], *PAPER_SETTING])
+
+
+def one_env_table() -> str:
+    """Last 100 episodes with 8 environments of 256 steps and with one of 2,048, seed by seed."""
+    results = plot.summary()
+    lines = ["| | task | seed | 8 environments | one environment |", "| --- | --- | --- | --- | --- |"]
+    for row in ROWS:
+        for task in TASKS:
+            eight, one = (
+                {of_seed["seed"]: of_seed for of_seed in results.get((algorithm(row, setting), f"{task}-v5"), [])}
+                for setting in ("paper", "one_env")
+            )
+            for seed in sorted(eight.keys() & one.keys()):
+                means = map(plot.short, plot.numbers([eight[seed], one[seed]]))
+                lines.append("| " + " | ".join([plot.TABLE_1[row], task, seed, *means]) + " |")
+    return "\n".join(lines)
 
 
 def collapse_table() -> str:
@@ -128,7 +152,7 @@ def collapse_table() -> str:
     columns = [f"{actions}: {which}" for actions in ("actions within ±1", "as sampled") for which in whiles]
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for name, (row, extra) in COLLAPSE.items():
-        cells = [f"{ROWS[row][0]}, advantages {'as they are' if extra else 'normalised'}"]
+        cells = [f"{plot.TABLE_1[row]}, advantages {'as they are' if extra else 'normalised'}"]
         for env_id in ("HalfCheetah-v5", UNCLIPPED):
             runs = results.get((name, env_id), [])
             returns = [np.loadtxt(plot.curve_of(run), delimiter=",", skiprows=1)[:, 1] for run in runs]
@@ -145,6 +169,7 @@ TABLES = {
     (PAGE, "ours"): lambda: table("ours"),
     (PAGE, "example"): example,
     (PAGE, "paper"): lambda: table("paper"),
+    (PAGE, "one_env"): one_env_table,
     (PAGE, "collapse"): collapse_table,
 }
 
@@ -157,15 +182,16 @@ def draw() -> None:
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
     places = {row: -i for i, row in enumerate(ROWS)}
-    paper = {row: score for row, (_, score, _) in ROWS.items() if score is not None}
+    paper = {row: score for row, (score, _) in ROWS.items() if score is not None}
     axis.scatter(paper.values(), [places[row] for row in paper], marker="x", color="#888888", label="paper")
     for setting, color, shift in (("ours", "#0072B2", 0.15), ("paper", "#D55E00", -0.15)):
         for i, (row, tasks) in enumerate(scores(setting).items()):
-            low, high = plot.interval(tasks, plot.mean_of_tasks)
             label = {"ours": "our defaults", "paper": "the paper's setting"}[setting] if i == 0 else None
-            axis.plot([low, high], [places[row] + shift] * 2, color=color, linewidth=1.5)
+            if all(len(runs) == 3 for runs in tasks):
+                ends = plot.interval(tasks, plot.mean_of_tasks)
+                axis.plot(ends, [places[row] + shift] * 2, color=color, linewidth=1.5)
             axis.plot(plot.mean_of_tasks(*tasks), places[row] + shift, "o", color=color, label=label)
-    axis.set_yticks(list(places.values()), [name for name, _, _ in ROWS.values()])
+    axis.set_yticks(list(places.values()), plot.TABLE_1.values())
     axis.set_xlabel("score: 0 is a random policy, 1 the best row of each task")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
@@ -174,12 +200,11 @@ def draw() -> None:
 
 
 def main(args: Args) -> None:
-    env_ids = [f"{task}-v5" for task in TASKS]
+    env_ids = [f"{task}-v5" for task in args.tasks]
     for setting in args.settings if args.run else ():
         rows = [row for row in args.rows if setting == "ours" or row in IN_PAPER_SETTING]
         for row in rows:
-            extra = PAPER_SETTING if setting == "paper" else []
-            run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][2], *extra])
+            run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][1], *SETTINGS[setting]])
         names = [algorithm(row, setting) for row in rows]
         run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
     if args.run:  # the zero of the scale: about 100 episodes and more
@@ -187,7 +212,7 @@ def main(args: Args) -> None:
         run.main(replace(zero, workers=args.workers))
     if args.collapse:
         for name, (row, extra) in COLLAPSE.items():
-            run.ALGORITHMS[name] = [*ROWS[row][2], *PAPER_SETTING, *extra]
+            run.ALGORITHMS[name] = [*ROWS[row][1], *SETTINGS["one_env"], *extra]
         why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
         run.main(replace(why, seeds=args.seeds, workers=args.workers))
     plot.write(TABLES)
