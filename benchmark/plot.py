@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import tyro
 from run import file_name
 
 ROOT = Path(__file__).parent.parent
@@ -355,7 +356,10 @@ def draw_atari() -> None:
 def write(tables: dict) -> None:
     """Put every table between its markers."""
     for (path, marker), table in tables.items():
-        path.write_text(marked(marker).sub(lambda _: table() + "\n", path.read_text()))  # noqa: B023
+        text, found = marked(marker).subn(lambda _: table() + "\n", path.read_text())  # noqa: B023
+        if found != 1:
+            raise ValueError(f"{path.name} has {found} places between <!-- {marker} --> and its end, not one")
+        path.write_text(text)
 
 
 def draw() -> None:
@@ -397,7 +401,11 @@ def draw() -> None:
     figure.savefig(RESULTS / "curves.png", dpi=110)
 
 
-if __name__ == "__main__":
-    write(TABLES)
+def main() -> None:
     draw()
     draw_atari()
+    write(TABLES)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -89,7 +89,16 @@ def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
+    if "charts/episodic_return" not in events.Tags()["scalars"]:
+        raise ValueError(f"{run_dir} has no finished episode; more steps may bring one")
     return [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
+
+
+def stored_steps(results: Path, algorithm: str, env_id: str, seed: int) -> int:
+    """Length of the run that results/summary.csv has a row of."""
+    with (results / "summary.csv").open() as f:
+        rows = {(row["algorithm"], row["env_id"], row["seed"]): row for row in csv.DictReader(f)}
+    return int(rows[algorithm, env_id, str(seed)]["total_timesteps"])
 
 
 def how_to_go_on(script: str, arguments: list[str], run_dir: Path) -> str:
@@ -124,6 +133,9 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str) -> 
     """What `run` does, once nobody else does it."""
     curve, run_dir = args.results / algorithm / f"{name}.csv", args.runs / algorithm / name
     if curve.exists():
+        steps = stored_steps(args.results, algorithm, env_id, seed)
+        if steps != args.total_timesteps:
+            raise ValueError(f"{curve} is of {steps} steps, not {args.total_timesteps}; give another --results")
         return "already there"
     script, *own = ALGORITHMS[algorithm]
     arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
@@ -176,6 +188,8 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str) -> 
 
 
 def main(args: Args) -> None:
+    if unknown := [name for name in args.algorithms if name not in ALGORITHMS]:
+        raise SystemExit(f"algorithms: {', '.join(unknown)} was given; there are {', '.join(ALGORITHMS)}")
     jobs = [(a, e, s) for s in args.seeds for a in args.algorithms for e in args.env_ids]
     with tqdm(total=len(jobs), unit=" runs") as bar, ThreadPoolExecutor(args.workers) as pool:
         try:

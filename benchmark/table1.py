@@ -3,7 +3,7 @@
     python benchmark/table1.py                         # runs what results/ does not hold yet, then writes the page
     python benchmark/table1.py --rows clip_0.2 kl_0.01 # only these rows
     python benchmark/table1.py --no-run                # only the page and the picture, from the CSVs that are there
-    python benchmark/table1.py --no-run --collapse     # where the collapse without clipping or penalty comes from
+    python benchmark/table1.py --no-run --collapse     # the runs that show where the collapse comes from
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
 not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, log-std
@@ -70,9 +70,9 @@ class Args:
     workers: int = os.cpu_count() or 1
     """Runs at a time."""
     run: bool = True
-    """Run what is missing; off: only the page and the picture."""
+    """Run what the rows lack; off: none of them."""
     collapse: bool = False
-    """Run COLLAPSE too."""
+    """Run the 18 runs of "Without clipping or penalty" too, also with --no-run."""
 
 
 def algorithm(row: str, setting: str) -> str:
@@ -215,8 +215,8 @@ def main(args: Args) -> None:
             run.ALGORITHMS[name] = [*ROWS[row][1], *SETTINGS["one_env"], *extra]
         why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
         run.main(replace(why, seeds=args.seeds, workers=args.workers))
-    plot.write(TABLES)
     draw()
+    plot.write(TABLES)
 
 
 if __name__ == "__main__":

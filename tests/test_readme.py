@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ import ppo_kl_continuous
 import trpo_continuous
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmark"))
+
+import peers  # noqa: E402
+import run  # noqa: E402
+import speed  # noqa: E402
+import table1  # noqa: E402
+
 SCRIPTS = {s.__name__: s for s in (trpo_continuous, ppo_clip_continuous, ppo_kl_continuous, ppo_atari)}
 README = (ROOT / "README.md").read_text()
 MATHEMATICS = re.compile(r"\$`([^`\n]+)`\$")  # GitHub's inline form in which Markdown touches nothing
@@ -60,7 +68,10 @@ def test_every_file_that_the_readme_names_exists():
     assert len(files) > 15 and {file for file in files if not (ROOT / file).exists()} == set()
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmark/table1.md", "benchmark/README.md"])
+PAGES = ["README.md", "benchmark/table1.md", "benchmark/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_parses(page):
     text = (ROOT / page).read_text()
     commands = [c for c in re.findall(r"(?:^    |`)((?:\S*/)?python \w+\.py[^`\n]*)", text, re.M) if "..." not in c]
@@ -71,6 +82,20 @@ def test_every_command_parses(page):
         arguments = [word for word in command[script + 1 :] if word != "--help"]
         tyro.cli(SCRIPTS[command[script].removesuffix(".py")].Args, args=arguments)
     assert len(commands) >= 4 or page == "benchmark/table1.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_benchmark_parses(page):
+    commands = re.findall(r"(?:^    |`)python benchmark/(\w+)\.py([^`\n]*)", (ROOT / page).read_text(), re.M)
+    modules = {"run": run, "table1": table1, "speed": speed, "peers": peers}  # the others have no flags
+    for name, rest in {(name, rest.split("#")[0]) for name, rest in commands if name in modules}:
+        config = (tyro.conf.PositionalRequiredArgs,) if name == "speed" else ()
+        args = tyro.cli(modules[name].Args, args=shlex.split(rest), config=config)
+        if name == "run":
+            assert set(args.algorithms) <= set(run.ALGORITHMS)
+        if name == "table1":
+            assert set(args.rows) <= set(table1.ROWS) and set(args.settings) <= set(table1.SETTINGS)
+    assert commands
 
 
 def test_the_mathematics_is_what_github_shows():
