@@ -48,7 +48,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 # PyTorch reads it at import: its idle threads go to sleep after microseconds, not milliseconds, and leave the cores to
 # the emulators' threads.
@@ -158,6 +158,7 @@ FIXED = ("env_id", "seed")  # a resumed run keeps these
 
 
 def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """The layer itself, with orthogonal weights of this gain (by default that for ReLU) and biases of 0."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -292,7 +293,8 @@ def collect(
 ) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
     """Run the policy for num_steps in every environment, from obs [num_envs, 4, 84, 84] on.
 
-    Returns (rollout, the observations to go on from, the finished games as (step, score, length)).
+    The critic runs along, as it shares the trunk's pass with the actor. Returns (rollout, the observations
+    to go on from, the finished games as (step, score, length)).
     """
     device, steps, last_obs, episodes = agent.actor.weight.device, [], [], []
     for t in range(num_steps):
@@ -640,7 +642,7 @@ class Run:
         self.recent_returns.extend(checkpoint["recent_returns"])
         load_parts(checkpoint, **self.parts)
         torch.set_rng_state(checkpoint["torch_rng"])
-        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+        if torch.cuda.is_initialized() and len(checkpoint["cuda_rng"]):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def __enter__(self) -> "Run":
@@ -658,7 +660,9 @@ class Run:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
         if self.stop_signal and error is None:
-            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
+            batch_size = self.args.num_envs * self.args.num_steps
+            done = self.global_step + batch_size > self.args.total_timesteps  # the signal came in the last iteration
+            print(f"stopped at step {self.global_step}; go on with --{'evaluate' if done else 'resume'} {self.run_dir}")
             sys.exit(128 + self.stop_signal)
 
 
@@ -690,7 +694,7 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
         "global_step": global_step,
         "recent_returns": recent_returns,
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0),
         **{name: part.state_dict() for name, part in parts.items()},
     }
     path = Path(run_dir) / "checkpoint.pt"
@@ -706,6 +710,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         script, saved_args = checkpoint["script"], checkpoint["args"]
         if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
+        torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
         saved_names = set(saved_args)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run") from error
@@ -725,7 +730,7 @@ def load_parts(checkpoint: dict, **parts) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
         raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
@@ -751,6 +756,10 @@ def check_args(args: Args) -> None:
             check(name, low <= value <= high, f"between {low} and {high}")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             check(name, 0 < value < float("inf"), "positive and finite")
+    for field in fields(args):  # the command line knows them too, a caller in Python may not
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            check(field.name, getattr(args, field.name) in choices, f"one of {', '.join(choices)}")
     batch = args.num_envs * args.num_steps
     check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
     done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
@@ -786,6 +795,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: train, resume or evaluate. Exits with 2 for a refusal, 1 for a NaN, 128 + n for signal n."""
     try:
         args = parse_args(argv)
         if args.evaluate:

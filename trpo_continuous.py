@@ -56,7 +56,7 @@ from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 if sys.platform == "linux" and "DISPLAY" not in os.environ and find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
@@ -176,7 +176,7 @@ LIMITS = {  # inclusive; a number that is not named here must be positive
     "cg_residual_tolerance": (0.0, 1.0),
     "cg_damping": (0.0, 1e9),
 }
-FIXED = ("env_id", "seed", "hidden_size", "normalize_observations")  # a resumed run keeps these
+FIXED = ("env_id", "seed", "hidden_size", "init_log_std", "normalize_observations")  # a resumed run keeps these
 
 
 # ---------------------------------------------------------------------------- networks
@@ -217,7 +217,8 @@ class RewardScaler(RunningMeanStd):
     @torch.no_grad()
     def forward(self, rewards: torch.Tensor, dones: torch.Tensor, gamma: float, running: torch.Tensor) -> torch.Tensor:
         """rewards and dones [num_steps, num_envs]; running [num_envs], each environment's discounted
-        return so far, is carried on in place. The batch enters the statistics before it is scaled."""
+        return so far, is carried on in place. The batch enters the statistics before it is scaled. What comes
+        out is not clipped (OpenAI Baselines': at ±10)."""
         returns = []
         for reward, done in zip(rewards, dones):
             running.mul_(gamma).add_(reward)
@@ -372,10 +373,11 @@ def conjugate_gradient(
     squared = residual @ residual
     target = (residual_tolerance * squared.sqrt().clamp(max=1.0)) ** 2
     for _ in range(max_iterations):
+        if squared <= target:  # solved; without residual there is no direction left, and 0 / 0 would follow
+            break
         product = matvec(direction)
         curvature = direction @ product
-        # Also ends a solved system: without residual there is no direction left, and 0 / 0 would follow.
-        if not (squared > target and 0.0 < curvature < float("inf")):
+        if not 0.0 < curvature < float("inf"):
             break
         step = squared / curvature
         x = x + step * direction
@@ -624,7 +626,7 @@ def train(args: Args) -> Path:
     FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
     """
     check_args(args)
-    if args.min_log_std > args.init_log_std:
+    if args.min_log_std > args.init_log_std and not args.resume:  # a saved policy may be below a new floor
         raise RefusedError(f"min_log_std: {args.min_log_std} was given, but it must be at most init_log_std")
     envs = make_envs(args)
     torch.manual_seed(args.seed)
@@ -837,7 +839,7 @@ class Run:
         self.recent_returns.extend(checkpoint["recent_returns"])
         load_parts(checkpoint, **self.parts)
         torch.set_rng_state(checkpoint["torch_rng"])
-        if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+        if torch.cuda.is_initialized() and len(checkpoint["cuda_rng"]):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 
     def __enter__(self) -> "Run":
@@ -855,7 +857,9 @@ class Run:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
         if self.stop_signal and error is None:
-            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}")
+            batch_size = self.args.num_envs * self.args.num_steps
+            done = self.global_step + batch_size > self.args.total_timesteps  # the signal came in the last iteration
+            print(f"stopped at step {self.global_step}; go on with --{'evaluate' if done else 'resume'} {self.run_dir}")
             sys.exit(128 + self.stop_signal)
 
 
@@ -887,7 +891,7 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
         "global_step": global_step,
         "recent_returns": recent_returns,
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0),
         **{name: part.state_dict() for name, part in parts.items()},
     }
     path = Path(run_dir) / "checkpoint.pt"
@@ -903,6 +907,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         script, saved_args = checkpoint["script"], checkpoint["args"]
         if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
+        torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
         saved_names = set(saved_args)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run") from error
@@ -922,7 +927,7 @@ def load_parts(checkpoint: dict, **parts) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
         raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
@@ -948,6 +953,10 @@ def check_args(args: Args) -> None:
             check(name, low <= value <= high, f"between {low} and {high}")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             check(name, 0 < value < float("inf"), "positive and finite")
+    for field in fields(args):  # the command line knows them too, a caller in Python may not
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            check(field.name, getattr(args, field.name) in choices, f"one of {', '.join(choices)}")
     batch = args.num_envs * args.num_steps
     check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
     done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
@@ -983,6 +992,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: train, resume or evaluate. Exits with 2 for a refusal, 1 for a NaN, 128 + n for signal n."""
     try:
         args = parse_args(argv)
         if args.evaluate:

@@ -439,6 +439,37 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
+def test_wrong_choices_from_python_are_refused(script, tmp_path):
+    """The command line offers only the right ones; "cuda:0" would otherwise be trained on the CPU."""
+    for name, wrong in (("device", "cuda:0"), ("vectorization", "Async")):
+        with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be one of (auto|sync)"):
+            script.train(quick(script, tmp_path / "a", **{name: wrong}))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(script, tmp_path, monkeypatch):
+    """Asking for its random state would open a context there, for each of many runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", mock.Mock(side_effect=RuntimeError("devices are busy")))
+    script.train(quick(script, tmp_path / "a"))
+    assert (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_a_signal_in_the_last_iteration_points_to_the_evaluation(script, batch, tmp_path, monkeypatch, capsys):
+    original = script.update
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(script, "update", stopped)
+    with pytest.raises(SystemExit) as exit_status:
+        script.train(quick(script, tmp_path / "a", total_timesteps=batch))
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    assert f"go on with --evaluate {tmp_path / 'a'}" in capsys.readouterr().out
+    script.main(["--evaluate", str(tmp_path / "a"), "--eval-episodes", "1"])
+
+
 def another_pendulum(self, **kwargs):
     self.action_space, self.observation_space = gym.spaces.Box(-2.0, 2.0, (1,)), gym.spaces.Box(-8.0, 8.0, (2,))
     self.render_mode = None
@@ -454,6 +485,7 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     assert "total_timesteps" in refused(script, ["--resume", "a"], capsys)  # already done
     evaluate = ["--evaluate", "a", "--eval-episodes", "1"]
     assert "env_id: the run in a has 'Pendulum-v1'" in refused(script, [*evaluate, "--env-id", "Hopper-v5"], capsys)
+    assert "init_log_std: the run in a has -0.5" in refused(script, [*evaluate, "--init-log-std", "0"], capsys)
     assert "hidden_size: the run in a has" in refused(script, [*evaluate, "--hidden-size", "32"], capsys)
     no_normalization = [*evaluate, "--no-normalize-observations"]  # its statistics are in the checkpoint all the same
     assert "normalize_observations: the run in a has True" in refused(script, no_normalization, capsys)
@@ -485,6 +517,10 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     path.write_bytes(good)
     torch.save({k: v for k, v in script.load_checkpoint("a").items() if k != "optimizer"}, path)
     assert "damaged or not a checkpoint" in refused(script, ["--resume", "a"], capsys)
+    for part, message in ("reward_scaler", "do not fit"), ("agent", "do not fit"), ("torch_rng", "damaged"):
+        path.write_bytes(good)
+        torch.save({**script.load_checkpoint("a"), part: torch.zeros(3)}, path)
+        assert message in refused(script, ["--resume", "a", "--total-timesteps", "99999"], capsys)
     torch.save({"script": f"{name}_continuous", "args": Malicious()}, path)
     assert "damaged or not a checkpoint" in refused(script, ["--evaluate", "a"], capsys)
     assert not (tmp_path / "pwned").exists()

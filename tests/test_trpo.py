@@ -34,7 +34,9 @@ def test_conjugate_gradient_stops_early_at_its_tolerance():
     x = trpo.conjugate_gradient(lambda v: products.append(1) or matrix @ v, b, 100, 1e-3)
     assert 2 < len(products) < 40
     assert (b - matrix @ x).norm() <= 1e-3
-    assert trpo.conjugate_gradient(lambda v: v, b, 100, 1e-10).equal(b)  # the identity takes one iteration, then stops
+    products.clear()
+    assert trpo.conjugate_gradient(lambda v: products.append(1) or v, b, 100, 1e-10).equal(b)  # the identity, in one
+    assert len(products) == 1
 
 
 def test_conjugate_gradient_error_in_the_h_norm_falls_monotonically():
@@ -220,6 +222,14 @@ def test_a_policy_below_the_floor_learns_on_and_is_not_pushed_up(line_search):
     metrics, skipped = trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
     assert not skipped and metrics["losses/kl"] < 2 * args.max_kl
     assert all(new >= old for old, new in zip(before, agent.actor_log_std.tolist()))
+
+
+def test_a_run_is_resumed_with_a_higher_floor_than_it_began_at(tmp_path):
+    size = "--num-envs 2 --num-steps 64 --num-minibatches 4 --eval-episodes 1 --env-id Pendulum-v1".split()
+    trpo.main([*size, "--total-timesteps", "128", "--run-dir", str(tmp_path / "a")])
+    log_std = trpo.load_checkpoint(tmp_path / "a")["agent"]["actor_log_std"]
+    trpo.main(["--resume", str(tmp_path / "a"), "--min-log-std", "0", "--total-timesteps", "256"])
+    assert (trpo.load_checkpoint(tmp_path / "a")["agent"]["actor_log_std"] >= log_std).all()
 
 
 def zero_advantages(agent, obs, actions, advantages):
