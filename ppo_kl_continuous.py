@@ -197,7 +197,7 @@ class RewardScaler(RunningMeanStd):
     def forward(self, rewards: torch.Tensor, dones: torch.Tensor, gamma: float, running: torch.Tensor) -> torch.Tensor:
         """rewards and dones [num_steps, num_envs]; running [num_envs], each environment's discounted
         return so far, is carried on in place. The batch enters the statistics before it is scaled. What comes
-        out is not clipped (OpenAI Baselines': at ±10)."""
+        out is not clipped; OpenAI Baselines clip it at ±10."""
         returns = []
         for reward, done in zip(rewards, dones):
             running.mul_(gamma).add_(reward)
