@@ -148,6 +148,7 @@ class Args:
 
 LIMITS = {  # inclusive; a number that is not named here must be positive
     "seed": (0, 2**62),
+    "num_threads": (1, 1024),
     "init_log_std": (-10.0, 10.0),
     "kl_coef": (0.0, 1e4),
     "gamma": (0.0, 1.0),
@@ -187,6 +188,7 @@ class RunningMeanStd(nn.Module):
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., *shape] in standard deviations from the mean, within ± the limit."""
+        x = x.to(self.shift.dtype)  # environments observe in float64
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
@@ -273,7 +275,7 @@ def compute_gae(
     the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
     targets of the critic.
     """
-    deltas = rewards + gamma * next_values * (1.0 - terminations.to(values.dtype)) - values  # PPO eq. 12
+    deltas = rewards + gamma * next_values.masked_fill(terminations.bool(), 0.0) - values  # PPO eq. 12
     decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
     advantage, advantages = torch.zeros_like(values[0]), []
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
@@ -603,6 +605,8 @@ def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir:
             obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.actor_log_std.device)
             action = agent.distribution(obs[None]).mean[0].cpu().numpy().reshape(env.action_space.shape)
             obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            if not (np.isfinite(obs).all() and np.isfinite(reward)):
+                raise FloatingPointError(f"the environment returned a NaN or an infinity in evaluation episode {i + 1}")
             returns[i] += reward
             done = terminated or truncated
     env.close()
@@ -750,6 +754,7 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
 def load_checkpoint(run_dir: Path) -> dict:
     """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
     path = Path(run_dir) / "checkpoint.pt"
+    given = f"resume or evaluate: {path}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script, saved_args = checkpoint["script"], checkpoint["args"]
@@ -758,15 +763,15 @@ def load_checkpoint(run_dir: Path) -> dict:
         torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
         saved_names = set(saved_args)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RefusedError(f"{run_dir} holds no checkpoint.pt, so it is not the directory of a run") from error
+        raise RefusedError(f"{given} does not exist, so {run_dir} is not the directory of a run") from error
     except PermissionError as error:
-        raise RefusedError(f"{path} cannot be read ({error.strerror})") from error
+        raise RefusedError(f"{given} cannot be read ({error.strerror})") from error
     except Exception as error:
-        raise RefusedError(f"{path} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
+        raise RefusedError(f"{given} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
     if script != SCRIPT:
-        raise RefusedError(f"{path} was written by {script}.py, so only that script can load it")
+        raise RefusedError(f"{given} was written by {script}.py, so only that script can load it")
     if saved_names != {field.name for field in fields(Args)}:
-        raise RefusedError(f"{path} was written by another version of {SCRIPT}.py, whose arguments differ")
+        raise RefusedError(f"{given} was written by another version of {SCRIPT}.py, whose arguments differ")
     return checkpoint
 
 
@@ -795,16 +800,19 @@ def check_args(args: Args) -> None:
         if not ok:
             raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
 
-    for name, value in vars(args).items():
-        if name in LIMITS:
-            low, high = LIMITS[name]
-            check(name, low <= value <= high, f"between {low} and {high}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            check(name, 0 < value < float("inf"), "positive and finite")
-    for field in fields(args):  # the command line knows them too, a caller in Python may not
+    for field in fields(args):  # the command line knows the types too, a caller in Python may not
+        value = getattr(args, field.name)
         if get_origin(field.type) is Literal:
             choices = get_args(field.type)
-            check(field.name, getattr(args, field.name) in choices, f"one of {', '.join(choices)}")
+            check(field.name, value in choices, f"one of {', '.join(choices)}")
+        elif field.type in (bool, int, float, str):
+            right_type = isinstance(value, (int, float) if field.type is float else field.type)
+            check(field.name, right_type, f"of type {field.type.__name__}")
+        if field.name in LIMITS:
+            low, high = LIMITS[field.name]
+            check(field.name, low <= value <= high, f"between {low} and {high}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            check(field.name, 0 < value < float("inf"), "positive and finite")
     batch = args.num_envs * args.num_steps
     check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
     done = load_checkpoint(args.resume)["global_step"] if args.resume else 0

@@ -350,6 +350,25 @@ def test_an_infinity_that_an_episode_starts_from_never_reaches_the_statistics(sc
     assert all(x.isfinite().all() for x in script.load_checkpoint(tmp_path / "a")["agent"].values())
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("what", ["NanReward", "InfiniteObservation"])
+def test_a_nan_in_the_evaluation_is_no_result(script, what):
+    env_id = f"toy_envs:{what}-v0"  # at step 300 of its life: in the 15th episode of 20 steps
+    env = script.make_env(env_id)
+    agent = script.Agent(env.observation_space, env.action_space)
+    assert len(script.evaluate(agent, env_id, 14, seed=1)) == 14
+    with pytest.raises(FloatingPointError, match="a NaN or an infinity in evaluation episode 15"):
+        script.evaluate(agent, env_id, 20, seed=1)
+
+
+def test_the_agent_takes_observations_as_environments_return_them(script):
+    env = script.make_env("InvertedPendulum-v5")
+    agent, obs = script.Agent(env.observation_space, env.action_space), env.reset(seed=1)[0]
+    obs = torch.as_tensor(obs)[None]
+    assert obs.dtype == torch.float64 and agent.value(obs).equal(agent.value(obs.float()))
+    assert agent.distribution(obs).mean.equal(agent.distribution(obs.float()).mean)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(script, batch, tmp_path, monkeypatch):
     original = script.estimate_advantages
     calls = []
@@ -390,8 +409,9 @@ REFUSALS = [
     (["--gamma", "1.01"], "gamma: 1.01 was given, but it must be between 0.0 and 1.0"),
     (["--gae-lambda", "-0.1"], "gae_lambda: -0.1"),
     (["--gamma", "nan"], "gamma: nan"),
-    (["--resume", "nowhere"], "nowhere holds no checkpoint.pt"),
-    (["--evaluate", "nowhere"], "nowhere holds no checkpoint.pt"),
+    (["--num-threads", "1000000"], "num_threads: 1000000 was given, but it must be between 1 and 1024"),
+    (["--resume", "nowhere"], "resume or evaluate: nowhere/checkpoint.pt does not exist"),
+    (["--evaluate", "nowhere"], "resume or evaluate: nowhere/checkpoint.pt does not exist"),
 ]
 OWN_REFUSALS = {
     "ppo_clip": [(["--learning-rate", "0"], "learning_rate: 0.0"), (["--clip-coef", "-1"], "clip_coef: -1.0")],
@@ -439,10 +459,13 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
-def test_wrong_choices_from_python_are_refused(script, tmp_path):
+def test_wrong_choices_and_types_from_python_are_refused(script, tmp_path):
     """The command line offers only the right ones; "cuda:0" would otherwise be trained on the CPU."""
     for name, wrong in (("device", "cuda:0"), ("vectorization", "Async")):
         with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be one of (auto|sync)"):
+            script.train(quick(script, tmp_path / "a", **{name: wrong}))
+    for name, wrong, right in (("num_steps", 16.0, "int"), ("gamma", "0.9", "float"), ("anneal_lr", "no", "bool")):
+        with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be of type {right}"):
             script.train(quick(script, tmp_path / "a", **{name: wrong}))
     assert not (tmp_path / "a").exists()
 

@@ -57,6 +57,15 @@ def test_conjugate_gradient_never_returns_a_nan(matrix):
     assert trpo.conjugate_gradient(lambda v: matrix @ v, torch.full((3,), math.nan), 10, 1e-10).equal(torch.zeros(3))
 
 
+@pytest.mark.parametrize("diagonal", [(1.0, 0.0, 2.0), (1.0, -1.0, 2.0), (3.0, 0.0, 0.0)])
+def test_conjugate_gradient_stops_where_the_matrix_is_singular_or_indefinite(diagonal):
+    """Rounding gives a direction without curvature a tiny one, by which x would grow beyond all bounds."""
+    matrix = torch.tensor(diagonal)
+    for seed in range(20):
+        b = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+        assert trpo.conjugate_gradient(lambda v: matrix * v, b, 10, 1e-10).norm() < 1e6
+
+
 def small_policy(num_samples: int = 200):
     """A policy of 21 parameters in float64, observations for it, and its mean KL as a function of θ."""
     torch.manual_seed(3)
