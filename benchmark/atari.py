@@ -36,12 +36,11 @@ def precision(args: script.Args, agents: dict[bool, script.Agent]) -> None:
     print(f"  log-probability of the actions taken: mean difference {(log_probs[0] - log_probs[1]).abs().mean():.1e}")
     print(f"  mean KL of the two policies: {kl.mean():.1e}, entropy {policies[0].entropy().mean():.2f}")
     print(f"  values: mean difference {(values[0] - values[1]).abs().mean():.1e}, std {values[0].std():.1e}")
-    gradients = {False: [], True: []}
+    gradients, unclipped = {False: [], True: []}, replace(args, max_grad_norm=1e9)
     for rows in torch.cat([torch.randperm(len(images)) for _ in range(4)]).split(len(images) // args.num_minibatches):
         for bfloat16, agent in agents.items():
             old = (x[rows] for x in (log_probs[bfloat16], advantages, returns, values[bfloat16]))
             minibatch = (images[rows], actions[rows], *old)
-            unclipped = replace(args, max_grad_norm=1e9)
             parts = script.loss_gradient(agent, list(agent.parameters()), minibatch, unclipped)
             gradients[bfloat16].append(torch.cat([part.flatten() for part in parts]))
     single, half = torch.stack(gradients[False]), torch.stack(gradients[True])
