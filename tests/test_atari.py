@@ -6,6 +6,7 @@ import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
+from torch.nn import functional as F
 
 import ppo_atari
 
@@ -186,10 +187,37 @@ def test_a_game_without_an_action_that_does_nothing_can_be_evaluated():
     assert env.reset(seed=0)[0].shape == (4, 84, 84)
 
 
-def test_pixels_are_in_0_to_1():
+def test_pixels_are_in_0_to_1_and_in_blocks():
     agent = ppo_atari.Agent(*SPACES)
     obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
-    assert agent.pixels(obs).equal(obs.float() / 255.0)
+    assert F.pixel_shuffle(agent.pixels(obs), 4).equal(obs.float() / 255.0)
+    channels_last = obs.contiguous(memory_format=torch.channels_last)
+    assert agent.pixels(channels_last).equal(agent.pixels(obs))
+
+
+def test_the_first_layer_on_blocks_is_the_convolution_of_the_paper():
+    torch.manual_seed(0)
+    agent, obs = ppo_atari.Agent(*SPACES), torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    layer = agent.trunk[0]
+    assert layer.weight.shape == (32, 4, 8, 8)
+    expected = F.conv2d(obs.float() / 255.0, layer.weight, layer.bias, stride=4)
+    actual = layer(agent.pixels(obs))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(expected)
+    (a,), (b,) = (torch.autograd.grad((weights * y).sum(), [layer.weight]) for y in (actual, expected))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)  # sums of 3,200 products
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_lie_in_memory_as_their_parameters_do(bfloat16):
+    """PyTorch's fused Adam walks through both in the order of memory: another one would silently mix weights up."""
+    torch.manual_seed(0)
+    agent = ppo_atari.Agent(*SPACES, bfloat16)
+    obs = agent.pixels(torch.randint(0, 256, (16, 4, 84, 84), dtype=torch.uint8))
+    minibatch = (obs, torch.randint(0, 6, (16,)), *torch.randn(4, 16))
+    parameters = list(agent.parameters())
+    gradients = ppo_atari.loss_gradient(agent, parameters, minibatch, small())
+    assert [x.stride() for x in gradients] == [x.stride() for x in parameters]
 
 
 class Frames(gym.Env):
