@@ -395,7 +395,8 @@ def loss_gradient(
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    return [gradient * scale for gradient in gradients]
+    # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.
+    return [torch.mul(gradient, scale, out=torch.empty_like(p)) for p, gradient in zip(parameters, gradients)]
 
 
 def update(

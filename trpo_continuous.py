@@ -510,7 +510,9 @@ def critic_gradient(
 ) -> list[torch.Tensor]:
     """Gradient of E[(V - V_targ)²] over one minibatch, one tensor a parameter."""
     obs, returns = minibatch
-    return list(torch.autograd.grad(((agent.value(obs) - returns) ** 2).mean(), parameters))
+    gradients = torch.autograd.grad(((agent.value(obs) - returns) ** 2).mean(), parameters)
+    # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.
+    return [torch.empty_like(p).copy_(gradient) for p, gradient in zip(parameters, gradients)]
 
 
 def update_policy(

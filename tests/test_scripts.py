@@ -170,6 +170,36 @@ def test_the_same_seed_gives_the_same_scalars_and_another_seed_others(script, tm
     assert a == b and a != c
 
 
+class Ensemble(torch.nn.Module):
+    """Mean of five linear critics, written so that the gradient of w comes transposed in memory."""
+
+    def __init__(self, observations):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(5, observations))
+
+    def forward(self, obs):
+        return torch.einsum("...o,eo->...e", obs, self.w).tanh().mean(-1, keepdim=True)
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_updates_the_right_weights(
+    script, tmp_path, monkeypatch
+):
+    """PyTorch's fused Adam for CPUs goes by the order of memory: a transposed gradient would reach other weights."""
+
+    class Agent(script.Agent):
+        def __init__(self, observation_space, action_space, *options):
+            super().__init__(observation_space, action_space, *options)
+            self.critic = Ensemble(observation_space.shape[0])
+
+    monkeypatch.setattr(script, "Agent", Agent)
+    adam, critics = torch.optim.Adam, []
+    for fused in (True, False):
+        monkeypatch.setattr(torch.optim, "Adam", lambda *x, fused, on=fused, **options: adam(*x, fused=on, **options))
+        run_dir = script.train(quick(script, tmp_path / str(fused), num_steps=16, total_timesteps=128))
+        critics.append(script.load_checkpoint(run_dir)["agent"]["critic.w"])
+    torch.testing.assert_close(*critics, rtol=1e-4, atol=1e-5)
+
+
 def test_processes_collect_what_a_loop_collects(script):
     """The same seeds give the same rollout, bit for bit, whichever way the environments are stepped."""
     rollouts = []
