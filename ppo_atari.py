@@ -444,7 +444,7 @@ def train(args: Args) -> Path:
         while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
-            # The weights' copies in bfloat16 live until the outermost autocast ends: this one's, not a step's.
+            # The outermost autocast keeps the weights' bfloat16 copies: made once a rollout then, not at each step.
             with torch.autocast(device.type, enabled=False):
                 rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
             metrics = update(agent, optimizer, rollout, args, gradient)
