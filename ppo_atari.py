@@ -384,7 +384,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     """
     obs, actions = agent.pixels(rollout.obs.flatten(0, 1)), rollout.actions.flatten(0, 1)  # pixels once for all passes
     images = obs.permute(0, 2, 3, 1)  # each in one piece of memory: index_select copies such rows faster than obs[rows]
-    parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    minibatch_size = len(obs) // args.num_minibatches
     old_log_probs, old_values = rollout.log_probs.flatten(), rollout.values.flatten()
     advantages, returns = estimate_advantages(agent, rollout, old_values, args)
     explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)

@@ -408,7 +408,8 @@ def update(
     form. Returns the scalars for the log, taken over the whole batch after the last step.
     """
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    parameters, minibatch_size = list(agent.parameters()), len(obs) // args.num_minibatches
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    minibatch_size = len(obs) // args.num_minibatches
     with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at exactly 1
         old_log_probs = agent.distribution(obs).log_prob(actions)
     advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)

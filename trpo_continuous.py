@@ -265,8 +265,8 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_size,), limit=10.0 if normalize_observations else float("inf"))
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """θ of the papers: the parameters of the policy alone; the log-std last, where `update_policy` looks for it."""
-        return [*self.actor_mean.parameters(), self.actor_log_std]
+        """θ of the papers: the parameters of the policy alone, without those that are kept fixed."""
+        return [p for p in (*self.actor_mean.parameters(), self.actor_log_std) if p.requires_grad]
 
     def distribution(self, obs: torch.Tensor) -> Distribution:
         """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
@@ -521,7 +521,7 @@ def update_policy(
     """Steps 3 to 6 of the algorithm for a batch of obs [batch, obs_size], actions [batch, action_size] and
     advantages [batch]. Returns (scalars for the log, why the update was skipped or ""). A skipped update
     leaves the policy bit for bit as it was."""
-    parameters = list(agent.actor_parameters())
+    parameters = agent.actor_parameters()
     theta_old = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         old = agent.distribution(obs)
@@ -537,8 +537,9 @@ def update_policy(
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
-    log_std = theta_old[-len(agent.actor_log_std) :]  # the last parameters; no step takes them below their floor
-    step[-len(log_std) :].clamp_(min=(args.min_log_std - log_std).clamp(max=0.0))  # nor is one below it pushed up
+    # No step takes a log standard deviation below its floor, nor pushes up one that is already there.
+    floor = [torch.full_like(p, args.min_log_std if p is agent.actor_log_std else -torch.inf) for p in parameters]
+    step = torch.maximum(step, (parameters_to_vector(floor) - theta_old).clamp(max=0.0))
 
     @torch.no_grad()
     def evaluate_at(theta: torch.Tensor) -> tuple[float, float]:
@@ -590,7 +591,8 @@ def update(
     form. Returns (scalars for the log, why the policy's update was skipped or "").
     """
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    parameters, minibatch_size = list(agent.critic.parameters()), len(obs) // args.num_minibatches
+    parameters = [p for p in agent.critic.parameters() if p.requires_grad]
+    minibatch_size = len(obs) // args.num_minibatches
     with torch.no_grad():
         old_log_probs = agent.distribution(obs).log_prob(actions)
     advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)  # Step 2

@@ -275,6 +275,21 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy():
             assert column[order].equal(right.flatten())
 
 
+def test_parameters_kept_fixed_stay_and_the_others_learn():
+    """As of a trunk that was trained on another game."""
+    torch.manual_seed(0)
+    agent = ppo_atari.Agent(*SPACES)
+    first = next(agent.parameters()).requires_grad_(False)
+    before = [p.detach().clone() for p in agent.parameters()]
+    obs = torch.randint(0, 256, (16, 2, 4, 84, 84), dtype=torch.uint8)
+    none, (values, rewards) = torch.zeros(16, 2, dtype=torch.bool), torch.randn(2, 16, 2)
+    actions, log_probs = torch.arange(32).view(16, 2) % 6, torch.full((16, 2), -1.8)
+    rollout = ppo_atari.Rollout(obs, actions, log_probs, values, rewards, none, none, obs[-1])
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
+    ppo_atari.update(agent, optimizer, rollout, ppo_atari.Args(), ppo_atari.loss_gradient)
+    assert [p.equal(old) for p, old in zip(agent.parameters(), before)] == [p is first for p in agent.parameters()]
+
+
 def test_normalisation_leaves_the_critics_targets():
     agent = ppo_atari.Agent(*SPACES)
     obs = torch.zeros(16, 2, 4, 84, 84, dtype=torch.uint8)

@@ -200,6 +200,23 @@ def test_a_gradient_that_lies_otherwise_in_memory_than_its_parameter_updates_the
     torch.testing.assert_close(*critics, rtol=1e-4, atol=1e-5)
 
 
+def test_parameters_kept_fixed_stay_and_the_others_learn(script, tmp_path, monkeypatch):
+    """As of a network that is trained on in part, or a policy with a standard deviation of its own choice."""
+    fixed, before = ("actor_log_std", "actor_mean.0.weight", "critic.0.bias"), {}
+
+    class Agent(script.Agent):
+        def __init__(self, *spaces_and_options):
+            super().__init__(*spaces_and_options)
+            for name in fixed:
+                self.get_parameter(name).requires_grad_(False)
+            before.update({name: p.detach().clone() for name, p in self.named_parameters()})
+
+    monkeypatch.setattr(script, "Agent", Agent)
+    run_dir = script.train(quick(script, tmp_path, num_steps=16, total_timesteps=128))
+    after = script.load_checkpoint(run_dir)["agent"]
+    assert {name for name in before if after[name].equal(before[name])} == set(fixed)
+
+
 def test_processes_collect_what_a_loop_collects(script):
     """The same seeds give the same rollout, bit for bit, whichever way the environments are stepped."""
     rollouts = []

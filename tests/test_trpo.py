@@ -233,6 +233,18 @@ def test_a_policy_below_the_floor_learns_on_and_is_not_pushed_up(line_search):
     assert all(new >= old for old, new in zip(before, agent.actor_log_std.tolist()))
 
 
+def test_the_floor_is_for_the_log_std_alone():
+    """Wherever it stands among the parameters: a bias below the floor moves as its gradient says."""
+    agent, obs, actions, advantages = learnable_batch()
+    with torch.no_grad():
+        agent.actor_mean[-1].bias -= 5.0
+        advantages = -(actions + 6.0).abs().sum(-1)
+    agent.actor_log_std.requires_grad_(False)
+    before = agent.actor_mean[-1].bias.detach().clone()
+    _, skipped = trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), trpo.Args())
+    assert not skipped and (agent.actor_mean[-1].bias < before).all()
+
+
 def test_a_run_is_resumed_with_a_higher_floor_than_it_began_at(tmp_path):
     size = "--num-envs 2 --num-steps 64 --num-minibatches 4 --eval-episodes 1 --env-id Pendulum-v1".split()
     trpo.main([*size, "--total-timesteps", "128", "--run-dir", str(tmp_path / "a")])
