@@ -31,6 +31,15 @@ TABLE_1 = {  # the rows of table1.py
     **{f"beta_{b}": f"fixed KL, β = {b}" for b in (0.3, 1, 3, 10)},
     "trpo": "TRPO, δ = 0.01",
 }
+CHANGES = {  # what table1.py tries one at a time
+    "observations": "observations normalised",
+    "rewards": "rewards scaled",
+    "anneal": "step size falling to 0",
+    "recompute": "advantages anew before every epoch",
+    "raw": "advantages as they are",
+    "log_std": "log-std starting at -0.5",
+    "grad_norm": "gradient clipped to a norm of 0.5",
+}
 OTHERS = {
     "ppo_none": "no clipping or penalty",
     **{row: name for row, name in TABLE_1.items() if row not in NAMES},
@@ -39,6 +48,7 @@ OTHERS = {
     "collapse_none": "no clipping or penalty, see table1.md",
     "collapse_none_raw": "no clipping or penalty, advantages as they are, see table1.md",
     "collapse_clip_0.2_raw": "clipping, advantages as they are, see table1.md",
+    **{f"change_{key}": f"clipping, the paper's setting, but {name}" for key, name in CHANGES.items()},
     "ppo_clip_bound": "PPO, clipped, target_kl = 0.03",
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",

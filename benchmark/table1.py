@@ -4,6 +4,7 @@
     python benchmark/table1.py --rows clip_0.2 kl_0.01 # only these rows
     python benchmark/table1.py --no-run                # only the page and the picture, from the CSVs that are there
     python benchmark/table1.py --no-run --collapse     # the runs that show where the collapse comes from
+    python benchmark/table1.py --no-run --changes      # clipping, from the paper's setting to ours, change by change
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
 not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, log-std
@@ -54,6 +55,15 @@ COLLAPSE = {  # name: (row, what differs)
     "collapse_none_raw": ("none", RAW),
     "collapse_clip_0.2_raw": ("clip_0.2", RAW),
 }
+CHANGES = {  # one of plot.CHANGES, from the paper's setting towards our defaults: how it is asked for
+    "observations": ["--normalize-observations"],
+    "rewards": ["--scale-rewards"],
+    "anneal": ["--anneal-lr"],
+    "recompute": ["--recompute-advantages"],
+    "raw": RAW,
+    "log_std": ["--init-log-std", "-0.5"],
+    "grad_norm": ["--max-grad-norm", "0.5"],
+}
 UNCLIPPED = "benchmark.unclipped:HalfCheetahUnclipped-v5"
 
 
@@ -73,6 +83,8 @@ class Args:
     """Run what the rows lack; off: none of them."""
     collapse: bool = False
     """Run the 18 runs of "Without clipping or penalty" too, also with --no-run."""
+    changes: bool = False
+    """Run those of "What the settings outside the objective change" too, on --tasks and --seeds, also with --no-run."""
 
 
 def algorithm(row: str, setting: str) -> str:
@@ -165,11 +177,26 @@ def collapse_table() -> str:
     return "\n".join(lines)
 
 
+def changes_table() -> str:
+    """Last 100 episodes, seed by seed, of clipping in the paper's setting, with each of CHANGES alone, and with all."""
+    names = {"paper_clip_0.2": "the paper's setting", **{f"change_{key}": name for key, name in plot.CHANGES.items()}}
+    names["ppo_clip"] = "all of them: our defaults"
+    results = plot.summary()
+    tasks = [task for task in TASKS if any((name, f"{task}-v5") in results for name in names if "change" in name)]
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for name, title in names.items():
+        runs = [results.get((name, f"{task}-v5"), []) for task in tasks]
+        runs = [[run for run in of_task if int(run["seed"]) <= 3] for of_task in runs]
+        lines.append("| " + " | ".join([title, *(", ".join(map(plot.short, plot.numbers(of))) for of in runs)]) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     (PAGE, "ours"): lambda: table("ours"),
     (PAGE, "example"): example,
     (PAGE, "paper"): lambda: table("paper"),
     (PAGE, "one_env"): one_env_table,
+    (PAGE, "changes"): changes_table,
     (PAGE, "collapse"): collapse_table,
 }
 
@@ -215,6 +242,11 @@ def main(args: Args) -> None:
             run.ALGORITHMS[name] = [*ROWS[row][1], *SETTINGS["one_env"], *extra]
         why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
         run.main(replace(why, seeds=args.seeds, workers=args.workers))
+    if args.changes:
+        for key, extra in CHANGES.items():
+            run.ALGORITHMS[f"change_{key}"] = [*ROWS["clip_0.2"][1], *PAPER_SETTING, *extra]
+        names = [f"change_{key}" for key in CHANGES]
+        run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
     draw()
     plot.write(TABLES)
 
