@@ -55,14 +55,14 @@ COLLAPSE = {  # name: (row, what differs)
     "collapse_none_raw": ("none", RAW),
     "collapse_clip_0.2_raw": ("clip_0.2", RAW),
 }
-CHANGES = {  # one of plot.CHANGES, from the paper's setting towards our defaults: how it is asked for
-    "observations": ["--normalize-observations"],
-    "rewards": ["--scale-rewards"],
-    "anneal": ["--anneal-lr"],
-    "recompute": ["--recompute-advantages"],
-    "raw": RAW,
-    "log_std": ["--init-log-std", "-0.5"],
-    "grad_norm": ["--max-grad-norm", "0.5"],
+CHANGES = {  # one of plot.CHANGES, from the paper's setting to our defaults: (arguments with it, without it)
+    "observations": (["--normalize-observations"], ["--no-normalize-observations"]),
+    "rewards": (["--scale-rewards"], ["--no-scale-rewards"]),
+    "anneal": (["--anneal-lr"], ["--no-anneal-lr"]),
+    "recompute": (["--recompute-advantages"], ["--no-recompute-advantages"]),
+    "raw": (RAW, ["--center-advantages", "--normalize-advantages"]),
+    "log_std": (["--init-log-std", "-0.5"], ["--init-log-std", "0"]),
+    "grad_norm": (["--max-grad-norm", "0.5"], ["--max-grad-norm", "1e9"]),
 }
 UNCLIPPED = "benchmark.unclipped:HalfCheetahUnclipped-v5"
 
@@ -178,16 +178,22 @@ def collapse_table() -> str:
 
 
 def changes_table() -> str:
-    """Last 100 episodes, seed by seed, of clipping in the paper's setting, with each of CHANGES alone, and with all."""
-    names = {"paper_clip_0.2": "the paper's setting", **{f"change_{key}": name for key, name in plot.CHANGES.items()}}
-    names["ppo_clip"] = "all of them: our defaults"
+    """Last 100 episodes, seed by seed, of clipping in the paper's setting with each of CHANGES alone, and of our
+    defaults without it."""
     results = plot.summary()
-    tasks = [task for task in TASKS if any((name, f"{task}-v5") in results for name in names if "change" in name)]
-    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
-    for name, title in names.items():
-        runs = [results.get((name, f"{task}-v5"), []) for task in tasks]
-        runs = [[run for run in of_task if int(run["seed"]) <= 3] for of_task in runs]
-        lines.append("| " + " | ".join([title, *(", ".join(map(plot.short, plot.numbers(of))) for of in runs)]) + " |")
+    names = {"": "as it stands", **{f"_{key}": name for key, name in plot.CHANGES.items()}}
+    whiches = {"with": "the paper's setting with it", "without": "our defaults without it"}
+    tasks = [task for task in TASKS if any((f"with{key}", f"{task}-v5") in results for key in names)]
+    columns = [(which, task) for task in tasks for which in whiches]
+    lines = ["| | " + " | ".join(f"{task}: {whiches[which]}" for which, task in columns) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for key, title in names.items():
+        cells = [title]
+        for which, task in columns:
+            name = which + key if key else {"with": "paper_clip_0.2", "without": "ppo_clip"}[which]
+            runs = [run for run in results.get((name, f"{task}-v5"), []) if int(run["seed"]) <= 3]
+            cells.append(", ".join(map(plot.short, plot.numbers(runs))))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -243,9 +249,10 @@ def main(args: Args) -> None:
         why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
         run.main(replace(why, seeds=args.seeds, workers=args.workers))
     if args.changes:
-        for key, extra in CHANGES.items():
-            run.ALGORITHMS[f"change_{key}"] = [*ROWS["clip_0.2"][1], *PAPER_SETTING, *extra]
-        names = [f"change_{key}" for key in CHANGES]
+        for key, (on, off) in CHANGES.items():
+            run.ALGORITHMS[f"with_{key}"] = [*ROWS["clip_0.2"][1], *PAPER_SETTING, *on]
+            run.ALGORITHMS[f"without_{key}"] = [*ROWS["clip_0.2"][1], *off]
+        names = [f"{which}_{key}" for which in ("with", "without") for key in CHANGES]
         run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
     draw()
     plot.write(TABLES)
