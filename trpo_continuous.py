@@ -521,7 +521,7 @@ def update_policy(
     """Steps 3 to 6 of the algorithm for a batch of obs [batch, obs_size], actions [batch, action_size] and
     advantages [batch]. Returns (scalars for the log, why the update was skipped or ""). A skipped update
     leaves the policy bit for bit as it was."""
-    parameters = agent.actor_parameters()
+    parameters = list(agent.actor_parameters())
     theta_old = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         old = agent.distribution(obs)
@@ -537,7 +537,7 @@ def update_policy(
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
-    # No step takes a log standard deviation below its floor, nor pushes up one that is already there.
+    # No step takes a log standard deviation below its floor, nor is one pushed up that is below it already.
     floor = [torch.full_like(p, args.min_log_std if p is agent.actor_log_std else -torch.inf) for p in parameters]
     step = torch.maximum(step, (parameters_to_vector(floor) - theta_old).clamp(max=0.0))
 
