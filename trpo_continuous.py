@@ -332,9 +332,10 @@ def mean_kl(old: Distribution, new: Distribution) -> torch.Tensor:
 
 
 def flat_gradient(outputs: torch.Tensor, parameters: list[nn.Parameter], **options) -> torch.Tensor:
-    """Gradient of a scalar with respect to all the parameters, as one vector in their order; of a tensor,
-    with grad_outputs=u, the product Jᵀu with its Jacobian J."""
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(outputs, parameters, **options)])
+    """Gradient of a scalar with respect to all the parameters, as one vector in their order, 0 for those that it
+    does not use; of a tensor, with grad_outputs=u, the product Jᵀu with its Jacobian J."""
+    gradients = torch.autograd.grad(outputs, parameters, materialize_grads=True, **options)
+    return torch.cat([g.reshape(-1) for g in gradients])
 
 
 def fisher_vector_product(
@@ -510,7 +511,8 @@ def critic_gradient(
 ) -> list[torch.Tensor]:
     """Gradient of E[(V - V_targ)²] over one minibatch, one tensor a parameter."""
     obs, returns = minibatch
-    gradients = torch.autograd.grad(((agent.value(obs) - returns) ** 2).mean(), parameters)
+    loss = ((agent.value(obs) - returns) ** 2).mean()
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for one that it does not use
     # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.
     return [torch.empty_like(p).copy_(gradient) for p, gradient in zip(parameters, gradients)]
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Independent, Normal
 
 import ppo_clip_continuous
 import ppo_kl_continuous
@@ -215,6 +216,30 @@ def test_parameters_kept_fixed_stay_and_the_others_learn(script, tmp_path, monke
     run_dir = script.train(quick(script, tmp_path, num_steps=16, total_timesteps=128))
     after = script.load_checkpoint(run_dir)["agent"]
     assert {name for name in before if after[name].equal(before[name])} == set(fixed)
+
+
+def test_parameters_that_the_loss_does_not_use_stay_and_stop_nothing(script, tmp_path, monkeypatch):
+    """As the log-std beside a standard deviation that a network of one's own gives, or a layer for later."""
+    before = []
+
+    class Agent(script.Agent):
+        def __init__(self, *spaces_and_options):
+            super().__init__(*spaces_and_options)
+            self.critic.append(torch.nn.Linear(1, 1))
+            before.append(self.critic[-1].bias.detach().clone())
+
+        def value(self, obs):
+            return self.critic[:-1](self.obs_stats.normalize(obs)).squeeze(-1)
+
+        def distribution(self, obs):
+            mean = self.actor_mean(self.obs_stats.normalize(obs))
+            return Independent(Normal(mean, torch.ones_like(mean), validate_args=False), 1, validate_args=False)
+
+    monkeypatch.setattr(script, "Agent", Agent)
+    run_dir = script.train(quick(script, tmp_path, num_steps=16, total_timesteps=128))
+    after = script.load_checkpoint(run_dir)["agent"]
+    assert (after["actor_log_std"] == -0.5).all() and (after["critic.5.bias"] == before[-1]).all()
+    assert not (after["actor_mean.0.bias"] == 0.0).any() and not (after["critic.0.bias"] == 0.0).any()
 
 
 def test_processes_collect_what_a_loop_collects(script):
