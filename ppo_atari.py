@@ -369,7 +369,7 @@ def loss_gradient(
     objective = clipped_surrogate(ratio, advantages, args.clip_coef).mean()  # eq. 7
     value_loss = squared_error(values, old_values, returns, args.value_clip).mean()
     loss = -objective + args.value_coef * value_loss - args.entropy_coef * distribution.entropy().mean()
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for one that it does not use
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for parameters that it does not use
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.

@@ -512,7 +512,7 @@ def critic_gradient(
     """Gradient of E[(V - V_targ)²] over one minibatch, one tensor a parameter."""
     obs, returns = minibatch
     loss = ((agent.value(obs) - returns) ** 2).mean()
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for one that it does not use
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for parameters that it does not use
     # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.
     return [torch.empty_like(p).copy_(gradient) for p, gradient in zip(parameters, gradients)]
 
