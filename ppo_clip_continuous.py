@@ -40,6 +40,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -233,7 +234,7 @@ class Agent(nn.Module):
         obs_size, action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
         # A last actor layer close to 0 starts with the same wide distribution everywhere (arXiv 2006.05990).
         self.actor_mean = mlp([obs_size, hidden_size, hidden_size, action_size], last_gain=0.01)
-        self.actor_log_std = nn.Parameter(torch.full((action_size,), init_log_std))
+        self.actor_log_std = nn.Parameter(torch.full((action_size,), float(init_log_std)))
         self.critic = mlp([obs_size, hidden_size, hidden_size, 1], last_gain=1.0)
         # Statistics that `train` never updates change nothing, and then nothing is to be cut off either.
         self.obs_stats = RunningMeanStd((obs_size,), limit=10.0 if normalize_observations else float("inf"))
@@ -449,6 +450,7 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
     FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
+    Resume from Python with train(parse_args(["--resume", run_dir])), which takes the saved arguments.
     """
     check_args(args)
     envs = make_envs(args)
@@ -777,7 +779,7 @@ def check_args(args: Args) -> None:
             check(field.name, value in choices, f"one of {', '.join(choices)}")
         elif field.type in (bool, int, float, str):
             right_type = isinstance(value, (int, float) if field.type is float else field.type)
-            check(field.name, right_type, f"of type {field.type.__name__}")
+            check(field.name, right_type, f"of type {field.type.__name__}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")
@@ -794,7 +796,9 @@ def check_args(args: Args) -> None:
     check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    header = Path(sysconfig.get_path("include"), "Python.h")  # what is compiled includes it
     check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
+    check("compile", not args.compile or header.exists(), f"off, as Python's own headers are missing: {header}")
     taken = args.run_dir and (args.resume or args.evaluate or os.path.exists(Path(args.run_dir, "checkpoint.pt")))
     check("run_dir", not taken, "a new directory, and left out for --resume and --evaluate, which have the saved run's")
     if args.capture_video:
@@ -812,7 +816,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = load_checkpoint(args.resume or args.evaluate)["args"]
         saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
         if args.evaluate:  # on whatever machine, and without a video unless this command asks for one
-            saved = {**saved, "device": "auto", "compile": False, "capture_video": False}
+            machine = {"device": "auto", "num_threads": Args.num_threads, "compile": False}
+            saved = {**saved, **machine, "capture_video": False}
         args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
     return args
 

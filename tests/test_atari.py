@@ -1,5 +1,7 @@
 """The Atari script: lives and games told apart, raw scores, the same pixels in training and evaluation, a run of it."""
 
+from unittest import mock
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -146,6 +148,16 @@ def test_the_agent_keeps_its_contract_and_ratios_start_at_1(bfloat16):
     minibatch = agent.distribution(obs[rows]).log_prob(actions[rows])
     # On some processors a smaller batch goes through another matrix kernel, which sums in another order.
     torch.testing.assert_close(minibatch, distribution.log_prob(actions)[rows], rtol=0.0, atol=1e-6)
+
+
+def test_an_evaluation_on_the_cpu_leaves_the_gpu_alone(monkeypatch):
+    """Asking for its random state would open a context on every device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", mock.Mock(side_effect=RuntimeError("devices are busy")))
+    agent, before = ppo_atari.Agent(*SPACES), torch.get_rng_state()
+    ppo_atari.evaluate(agent, "ALE/Pong-v5", num_episodes=0, seed=1)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_the_script_trains_resumes_evaluates_and_films(tmp_path, monkeypatch, capsys):

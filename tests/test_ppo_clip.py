@@ -1,5 +1,11 @@
 """The clipped surrogate, and that learning starts from a ratio of exactly 1."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import gymnasium as gym
 import pytest
 import torch
 
@@ -34,7 +40,7 @@ def test_value_clipping_takes_the_larger_error():
 
 def test_every_ratio_is_exactly_1_before_the_first_gradient_step(monkeypatch, tmp_path):
     """The same forward pass before and in the first step; what it is fed is tested in test_iteration.py."""
-    first_ratios, steps_in_iteration = [], 32
+    first_ratios = []
 
     def spy(agent, parameters, minibatch, args, count=[0]):  # noqa: B006
         if count[0] % (args.num_epochs * args.num_minibatches) == 0:
@@ -47,7 +53,7 @@ def test_every_ratio_is_exactly_1_before_the_first_gradient_step(monkeypatch, tm
     monkeypatch.setattr(ppo, "loss_gradient", spy)
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=6144, num_epochs=2, run_dir=tmp_path / "run", eval_episodes=1)
     ppo.train(args)
-    assert len(first_ratios) == 3 and steps_in_iteration == args.num_minibatches
+    assert len(first_ratios) == 3
     assert all((ratio == 1.0).all() for ratio in first_ratios)
 
 
@@ -61,10 +67,12 @@ def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(monkeypat
     assert len(calls) == 32  # one epoch of ten
 
 
+@pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="no C++ compiler, or Python's headers are missing",
+)
 def test_compiled_gradient_equals_the_eager_one():
     torch.manual_seed(0)
-    import gymnasium as gym
-
     agent = ppo.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Box(-1, 1, (2,)))
     obs, actions = torch.randn(64, 4), torch.randn(64, 2)
     minibatch = (obs, actions, *torch.randn(4, 64))
