@@ -200,7 +200,7 @@ def aggregate_table() -> str:
     for algorithm, name in NAMES.items():
         tasks = []
         for env_id in env_ids:
-            zero = numbers(rows["random", env_id]).mean()
+            zero = numbers(rows["random", env_id], "evaluation_mean").mean()  # of all its episodes
             one = max(figure for figure in PUBLISHED[env_id].values() if figure is not None)
             if len(runs := rows.get((algorithm, env_id), [])) >= FEWEST:
                 tasks.append((numbers(runs, "evaluation_mean") - zero) / (one - zero))
@@ -211,14 +211,13 @@ def aggregate_table() -> str:
     return "\n".join(lines)
 
 
-def seconds_to(goal: float, run: dict[str, str]) -> float:
-    """Wall-clock seconds until the mean of 20 training episodes in a row first reached goal; infinite where never. The
-    run must have a speed, which a resumed one has not."""
+def steps_to(goal: float, run: dict[str, str]) -> float:
+    """Steps until the mean of 20 training episodes in a row first reached goal; infinite where never."""
     data = np.loadtxt(curve_of(run), delimiter=",", skiprows=1, ndmin=2)
     means = np.convolve(data[:, 1], np.ones(20) / 20, "valid")
     if not (means >= goal).any():
         return np.inf
-    return data[19:][means >= goal][0, 0] / float(run["steps_per_second"])
+    return data[19:][means >= goal][0, 0]
 
 
 def mean_and_spread(runs: list[dict[str, str]]) -> str:
@@ -239,14 +238,18 @@ def peers_table() -> str:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
             cells = [mean_and_spread(rows[name, env_id]) for name in columns]
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
-    timed = [[run for run in rows[name, "HalfCheetah-v5"] if run["steps_per_second"]] for name in columns]
-    times = [[seconds_to(3000.0, run) for run in runs] for runs in timed]
     cells = []
-    for seconds in times:
-        median = np.median(seconds) if seconds else np.nan
-        text = "never" if np.isinf(median) else f"{median:.0f} s"
-        cells.append(f"{text}, {np.isfinite(seconds).sum()} of {len(seconds)} seeds" if seconds else "")
-    lines.append("| 3,000 on HalfCheetah-v5 after (median) | " + " | ".join(cells) + " |")
+    for name in columns:
+        runs = rows[name, "HalfCheetah-v5"]
+        steps = [steps_to(3000.0, run) for run in runs]
+        reached = f"{np.isfinite(steps).sum()} of {len(runs)} seeds"
+        if not runs or np.isinf(np.median(steps)):
+            cells.append(f"never, {reached}" if runs else "")
+            continue
+        # A resumed run has no speed; a median of seconds would pair a seed's steps with what else ran beside it.
+        times = [n / float(run["steps_per_second"]) for n, run in zip(steps, runs) if run["steps_per_second"]]
+        cells.append(f"{np.median(steps):,.0f} steps; {min(times):.0f} to {max(times):.0f} s; {reached}")
+    lines.append("| 3,000 on HalfCheetah-v5 after (median of steps; range of times) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -393,7 +396,8 @@ def draw() -> None:
             if not runs:
                 continue
             curves = np.array([curve(run, steps) for run in runs])
-            axis.plot(steps / 1e6, curves.mean(0), color=COLORS[algorithm], label=name)
+            style = "--" if algorithm == "npg" else "-"  # in places it is TRPO's run
+            axis.plot(steps / 1e6, curves.mean(0), style, color=COLORS[algorithm], label=name)
             if len(runs) > 2:
                 band = bootstrap((curves,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)
                 low, high = band.confidence_interval
@@ -402,7 +406,7 @@ def draw() -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(env_ids) :]:
         axis.remove()
-    for axis in axes[-1]:
+    for axis in axes.flat[len(env_ids) - columns : len(env_ids)]:  # the lowest of each column
         axis.set_xlabel("million steps")
     for axis in axes[:, 0]:
         axis.set_ylabel("training return")

@@ -2,13 +2,14 @@
 
     python benchmark/run.py --algorithms ppo_clip trpo --env-ids HalfCheetah-v5 Hopper-v5 --seeds 1 2 3 4 5
 
-What a results file already holds is skipped, and a run that was stopped in the middle is resumed, so a killed
+What results/summary.csv already has is skipped, and a run that was stopped in the middle is resumed, so a killed
 campaign continues with the same command; what another campaign is running is left to it. Each run leaves
 `results/<algorithm>/<env>__<seed>.csv` (step, return of every finished episode) and a row of `results/summary.csv`
-with what is needed to repeat it.
+with what is needed to repeat it. Needs Linux or macOS.
 """
 
 import csv
+import fcntl
 import importlib
 import os
 import platform
@@ -21,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import tyro
-from filelock import FileLock, Timeout  # torch brings it along
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -94,11 +95,11 @@ def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
 
 
-def stored_steps(results: Path, algorithm: str, env_id: str, seed: int) -> int:
-    """Length of the run that results/summary.csv has a row of."""
-    with (results / "summary.csv").open() as f:
-        rows = {(row["algorithm"], row["env_id"], row["seed"]): row for row in csv.DictReader(f)}
-    return int(rows[algorithm, env_id, str(seed)]["total_timesteps"])
+def stored_command(summary: TextIO, algorithm: str, env_id: str, seed: int) -> str | None:
+    """The command of the row that the summary has of this run, if it has one."""
+    summary.seek(0)
+    rows = {(row["algorithm"], row["env_id"], row["seed"]): row for row in csv.DictReader(summary)}
+    return rows.get((algorithm, env_id, str(seed)), {}).get("command")
 
 
 def how_to_go_on(script: str, arguments: list[str], run_dir: Path) -> str:
@@ -120,33 +121,37 @@ def run(args: Args, algorithm: str, env_id: str, seed: int) -> str:
     """One run from start, or from its checkpoint, to its CSV and its row; returns a line for the screen."""
     name = file_name(env_id, seed)
     (args.runs / algorithm).mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(args.runs / algorithm / f"{name}.lock", timeout=0):
-            return f"{algorithm} {name}: {run_alone(args, algorithm, env_id, seed, name)}"
-    except Timeout:
+        with (args.runs / algorithm / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return f"{algorithm} {name}: {run_alone(args, algorithm, env_id, seed, name, lock)}"
+    except BlockingIOError:
         return f"{algorithm} {name}: another campaign is at it"
     except ValueError as error:
         return f"{algorithm} {name}: FAILED: {error}"
 
 
-def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str) -> str:
+def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, lock: TextIO) -> str:
     """What `run` does, once nobody else does it."""
     curve, run_dir = args.results / algorithm / f"{name}.csv", args.runs / algorithm / name
-    if curve.exists():
-        steps = stored_steps(args.results, algorithm, env_id, seed)
-        if steps != args.total_timesteps:
-            raise ValueError(f"{curve} is of {steps} steps, not {args.total_timesteps}; give another --results")
-        return "already there"
     script, *own = ALGORITHMS[algorithm]
     arguments = ["--env-id", env_id, "--seed", str(seed), "--total-timesteps", str(args.total_timesteps)]
     ours = not script.startswith("benchmark")
     arguments += ["--compile"] if args.compile and ours else []
     repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
+    with (args.results / "summary.csv").open("a+", newline="") as summary:
+        stored = stored_command(summary, algorithm, env_id, seed)
+    if stored is not None:
+        if stored.replace(" --compile", "") != " ".join(repeat).replace(" --compile", ""):
+            raise ValueError(f"{summary.name} has it of another command, {stored}; give another --results")
+        return "already there"
     where = [how_to_go_on(script, repeat[2:], run_dir), str(run_dir)]
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, str(ROOT / script), *repeat[2:], *where],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        pass_fds=[lock.fileno()],  # should this campaign be killed, the run goes on, and so does its lock
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if process.returncode != 0:
@@ -170,36 +175,39 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str) -> 
         "python": platform.python_version(),
         "processor": processor(),
     }
-    with FileLock(args.runs / "summary.lock"):
-        curve.parent.mkdir(parents=True, exist_ok=True)
-        summary = args.results / "summary.csv"
-        new = not summary.exists()
-        with summary.open("a", newline="") as f:
-            writer = csv.DictWriter(f, row.keys(), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        with curve.with_suffix(".tmp").open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["step", "return"])
-            writer.writerows((step, round(value, 2)) for step, value in episodes)
-        os.replace(curve.with_suffix(".tmp"), curve)  # last, as its presence says that the run is done
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    with curve.open("w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(["step", "return"])
+        writer.writerows((step, round(value, 2)) for step, value in episodes)
+    with (args.results / "summary.csv").open("a+", newline="") as summary:  # last, as its row says that the run is done
+        fcntl.flock(summary, fcntl.LOCK_EX)
+        if stored_command(summary, algorithm, env_id, seed):
+            return "another campaign has done it meanwhile, with other --runs"
+        writer = csv.DictWriter(summary, row.keys(), lineterminator="\n")
+        if summary.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
     return f"{row['train_last_100']} in {seconds:.0f} s"
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> list[str]:
+    """Runs what is missing; returns the lines of the runs that failed."""
     if unknown := [name for name in args.algorithms if name not in ALGORITHMS]:
         raise SystemExit(f"algorithms: {', '.join(unknown)} was given; there are {', '.join(ALGORITHMS)}")
     jobs = [(a, e, s) for s in args.seeds for a in args.algorithms for e in args.env_ids]
+    lines = []
     with tqdm(total=len(jobs), unit=" runs") as bar, ThreadPoolExecutor(args.workers) as pool:
         try:
             for done in as_completed([pool.submit(run, args, *job) for job in jobs]):
-                bar.write(done.result())
+                lines.append(done.result())
+                bar.write(lines[-1])
                 bar.update()
         except KeyboardInterrupt:  # the runs have it too, and save; what has not begun shall not begin
             pool.shutdown(cancel_futures=True)
             raise
+    return [line for line in lines if "FAILED" in line]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    raise SystemExit(1 if main(tyro.cli(Args, description=__doc__)) else 0)

@@ -235,8 +235,7 @@ def lower_bound(name: str, script) -> dict[str, float]:
         gradients = clock(products(128, 1, True), 1000) * 160 / 2048 + clock(products(2048, 6, True), 50) * 18 / 2048
     else:  # 10 epochs of 32 minibatches of 64
         gradients = (clock(products(64, 1, True), 1000) + clock(products(64, 6, True), 1000)) * 320 / 2048
-    bound = {"bound: environment": clock(lambda: env.step(action), 5000), "bound: network": rollout + gradients}
-    return bound
+    return {"bound: environment": clock(lambda: env.step(action), 5000), "bound: network": rollout + gradients}
 
 
 # What follows runs the cases in turn.
@@ -286,10 +285,14 @@ def main(args: Args) -> None:
                     result["startup_s"] = result.pop("first_update") - started
             rows += [(case, repeat, name, round(value, 3)) for name, value in result.items()]
             print(f"{case}: " + ", ".join(f"{name} {value:,.1f}" for name, value in result.items()), flush=True)
-    old = []
-    if path.exists():  # cases that were not asked for this time stay
+    old, trpo = [], lambda case: "trpo" in case.lower()
+    if (
+        path.exists()
+    ):  # cases that were not asked for this time stay, but not beside those that they would be compared to
+        ratios = {trpo(case) for case in cases} if args.section in ("peers", "atari") else set()
         with path.open() as file:
-            old = [tuple(row.values()) for row in csv.DictReader(file) if row["case"] not in cases]
+            rows_before = [row for row in csv.DictReader(file) if row["case"] not in cases]
+        old = [tuple(row.values()) for row in rows_before if trpo(row["case"]) not in ratios]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "repeat", "quantity", "value"])

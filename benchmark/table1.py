@@ -18,7 +18,7 @@ Writes table1.md (between its markers) and results/table1.png.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,10 @@ class Args:
     """Seeds of each run."""
     workers: int = os.cpu_count() or 1
     """Runs at a time."""
+    results: Path = plot.RESULTS
+    """Where the CSVs go; the page is written only from those of the repository. Another folder repeats a row there."""
+    runs: Path = run.Args.runs
+    """Where the run directories go."""
     run: bool = True
     """Run what the rows lack; off: none of them."""
     collapse: bool = False
@@ -104,7 +108,7 @@ def scores(setting: str) -> dict[str, list[np.ndarray]]:
     best row of both settings on that task, 1 (section 6.1). Only rows that have been run on every task count."""
     rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
     rows = {key: tasks for key, tasks in rows.items() if all(map(len, tasks))}
-    zero = [runs.mean() for runs in returns("random")] if rows else []
+    zero = [plot.numbers(plot.summary()["random", f"{task}-v5"], "evaluation_mean").mean() for task in TASKS]
     best = [max(runs.mean() for runs in of_task) for of_task in zip(*rows.values())]
     return {
         row: [(runs - low) / (high - low) for runs, low, high in zip(tasks, zero, best)]
@@ -131,7 +135,7 @@ def table(setting: str) -> str:
         for runs in tasks:
             seeds = "" if len(runs) == 3 else f", {len(runs)} seed{'s' * (len(runs) > 1)}"
             cells.append(f"{plot.short(runs.mean())}{seeds}" if len(runs) else "")
-        cells.append(f"`python benchmark/table1.py --rows {row} --settings {setting}`")
+        cells.append(f"`python benchmark/table1.py --rows {row} --settings {setting} --results again`")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -183,7 +187,7 @@ def changes_table() -> str:
     results = plot.summary()
     names = {"": "as it stands", **{f"_{key}": name for key, name in plot.CHANGES.items()}}
     whiches = {"with": "the paper's setting with it", "without": "our defaults without it"}
-    tasks = [task for task in TASKS if any((f"with{key}", f"{task}-v5") in results for key in names)]
+    tasks = [task for task in TASKS if any((f"{w}{k}", f"{task}-v5") in results for w in whiches for k in names)]
     columns = [(which, task) for task in tasks for which in whiches]
     lines = ["| | " + " | ".join(f"{task}: {whiches[which]}" for which, task in columns) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
@@ -225,7 +229,9 @@ def draw() -> None:
                 axis.plot(ends, [places[row] + shift] * 2, color=color, linewidth=1.5)
             axis.plot(plot.mean_of_tasks(*tasks), places[row] + shift, "o", color=color, label=label)
     axis.set_yticks(list(places.values()), plot.TABLE_1.values())
-    axis.set_xlabel("score: 0 is a random policy, 1 the best row of each task")
+    axis.set_xlabel(
+        "score: 0 is a random policy, 1 the best row of each task\nbars: 95% intervals, where no seed is missing"
+    )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
@@ -233,29 +239,30 @@ def draw() -> None:
 
 
 def main(args: Args) -> None:
-    env_ids = [f"{task}-v5" for task in args.tasks]
+    tasks = {"env_ids": [f"{task}-v5" for task in args.tasks]}
+    options = {"workers": args.workers, "results": args.results, "runs": args.runs}
     for setting in args.settings if args.run else ():
         rows = [row for row in args.rows if setting == "ours" or row in IN_PAPER_SETTING]
         for row in rows:
             run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][1], *SETTINGS[setting]])
         names = [algorithm(row, setting) for row in rows]
-        run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
+        run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
     if args.run:  # the zero of the scale: about 100 episodes and more
-        zero = run.Args(algorithms=["random"], env_ids=env_ids, seeds=[1], total_timesteps=100_000)
-        run.main(replace(zero, workers=args.workers))
+        run.main(run.Args(algorithms=["random"], seeds=[1], total_timesteps=100_000, **tasks, **options))
     if args.collapse:
         for name, (row, extra) in COLLAPSE.items():
             run.ALGORITHMS[name] = [*ROWS[row][1], *SETTINGS["one_env"], *extra]
-        why = run.Args(algorithms=list(COLLAPSE), env_ids=["HalfCheetah-v5", UNCLIPPED], total_timesteps=300_000)
-        run.main(replace(why, seeds=args.seeds, workers=args.workers))
+        both = {"env_ids": ["HalfCheetah-v5", UNCLIPPED], "total_timesteps": 300_000}
+        run.main(run.Args(algorithms=list(COLLAPSE), seeds=args.seeds, **both, **options))
     if args.changes:
         for key, (on, off) in CHANGES.items():
             run.ALGORITHMS[f"with_{key}"] = [*ROWS["clip_0.2"][1], *PAPER_SETTING, *on]
             run.ALGORITHMS[f"without_{key}"] = [*ROWS["clip_0.2"][1], *off]
         names = [f"{which}_{key}" for which in ("with", "without") for key in CHANGES]
-        run.main(run.Args(algorithms=names, env_ids=env_ids, seeds=args.seeds, workers=args.workers))
-    draw()
-    plot.write(TABLES)
+        run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
+    if args.results == plot.RESULTS:
+        draw()
+        plot.write(TABLES)
 
 
 if __name__ == "__main__":

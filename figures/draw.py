@@ -265,7 +265,8 @@ def draw_line_search(data: dict, plt, ink: str):
         axis.set(title=title, xlabel="length, in full steps")
     axes[1].axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
     axes[1].text(1.35, data["delta"] * 0.9, f"δ = {data['delta']}", color=ink, va="top")
-    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -301,7 +302,7 @@ def draw_conjugate_gradient(data: dict, plt, ink: str):
     axis.text(trpo.Args.cg_iterations + 0.5, axis.get_ylim()[0] * 3, "the script's default", color=ink, fontsize=8)
     axis.set(xlabel="iterations of conjugate gradient", ylabel="error in the H-norm, relative")
     axis.set(title=f"a policy with {data['parameters']} parameters")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower left")
     return figure
 
 
@@ -326,18 +327,20 @@ def kl_per_update(args: Args) -> dict:
 
 
 def draw_kl_per_update(data: dict, plt, ink: str):
-    figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.8), sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.8))
+    notes = {"TRPO": "dotted: δ", "NPG": "dotted: δ", "PPO, clipped": "estimated", "PPO, adaptive KL": "dashed: target"}
     for axis, (name, color) in zip(axes, COLORS.items()):
         steps, divergence = data[name].T
         axis.plot(steps / 1e3, divergence, ".", markersize=3, color=color)
+        # Two scales, of the scripts with a δ and of those without: on PPO's the other two are one flat line.
+        alike = [other for other in COLORS if ("PPO" in other) == ("PPO" in name)]
+        axis.set_ylim(0.0, 1.1 * max(data[other][:, 1].max() for other in alike))
+        axis.set_title(f"{name}\n{notes[name]}", fontsize=9)
+        axis.set_xlabel("thousand steps")
+    for axis in axes[:2]:
         axis.axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="thousand steps")
-        axis.title.set_fontsize(9)
-    axes[0].set_ylabel("mean KL of an update")
-    axes[0].text(0, data["delta"] * 1.1, "δ", color=ink)
     axes[3].axhline(data["target"], color=ink, linewidth=0.8, linestyle="--")
-    axes[3].text(0, data["target"] * 1.05, "target", color=ink, fontsize=8)
-    axes[0].set_ylim(0, None)
+    axes[0].set_ylabel("mean KL of an update")
     return figure
 
 
