@@ -302,7 +302,7 @@ def draw_conjugate_gradient(data: dict, plt, ink: str):
     axis.text(trpo.Args.cg_iterations + 0.5, axis.get_ylim()[0] * 3, "the script's default", color=ink, fontsize=8)
     axis.set(xlabel="iterations of conjugate gradient", ylabel="error in the H-norm, relative")
     axis.set(title=f"a policy with {data['parameters']} parameters")
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
