@@ -105,8 +105,8 @@ def returns(name: str) -> list[np.ndarray]:
 
 def scores(setting: str) -> dict[str, list[np.ndarray]]:
     """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
-    best row of both settings on that task, 1 (section 6.1). Only rows that have been run on every task have a score, and
-    only one with all its runs can be the best."""
+    best row of both settings on that task, 1 (section 6.1). Only rows that have been run on every task have a score,
+    and only one with all its runs can be the best."""
     rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
     rows = {key: tasks for key, tasks in rows.items() if all(map(len, tasks))}
     zero = [plot.numbers(plot.summary()["random", f"{task}-v5"], "evaluation_mean").mean() for task in TASKS]
