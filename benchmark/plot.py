@@ -247,8 +247,10 @@ def peers_table() -> str:
             cells.append(f"never, {reached}" if runs else "")
             continue
         # A resumed run has no speed; a median of seconds would pair a seed's steps with what else ran beside it.
-        times = [n / float(run["steps_per_second"]) for n, run in zip(steps, runs) if run["steps_per_second"]]
-        cells.append(f"{np.median(steps):,.0f} steps; {min(times):.0f} to {max(times):.0f} s; {reached}")
+        timed = [(n, run) for n, run in zip(steps, runs) if np.isfinite(n) and run["steps_per_second"]]
+        times = [n / float(run["steps_per_second"]) for n, run in timed]
+        seconds = f"{min(times):.0f} to {max(times):.0f} s; " if times else ""
+        cells.append(f"{np.median(steps):,.0f} steps; {seconds}{reached}")
     lines.append("| 3,000 on HalfCheetah-v5 after (median of steps; range of times) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

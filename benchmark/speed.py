@@ -285,18 +285,17 @@ def main(args: Args) -> None:
                     result["startup_s"] = result.pop("first_update") - started
             rows += [(case, repeat, name, round(value, 3)) for name, value in result.items()]
             print(f"{case}: " + ", ".join(f"{name} {value:,.1f}" for name, value in result.items()), flush=True)
-    old, trpo = [], lambda case: "trpo" in case.lower()
-    if (
-        path.exists()
-    ):  # cases that were not asked for this time stay, but not beside those that they would be compared to
-        ratios = {trpo(case) for case in cases} if args.section in ("peers", "atari") else set()
+    old = []
+    if path.exists():  # cases that were not asked for this time stay
         with path.open() as file:
-            rows_before = [row for row in csv.DictReader(file) if row["case"] not in cases]
-        old = [tuple(row.values()) for row in rows_before if trpo(row["case"]) not in ratios]
+            old = [row for row in csv.DictReader(file) if row["case"] not in cases]
+    if args.section in ("peers", "atari"):  # but a ratio is of two cases of one run: all of TRPO, or all of PPO
+        timed = {"trpo" in case.lower() for case in cases}
+        old = [row for row in old if ("trpo" in row["case"].lower()) not in timed]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "repeat", "quantity", "value"])
-        writer.writerows(old + rows)
+        writer.writerows([*(row.values() for row in old), *rows])
 
 
 if __name__ == "__main__":

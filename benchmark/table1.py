@@ -262,7 +262,7 @@ def main(args: Args) -> None:
             run.ALGORITHMS[f"without_{key}"] = [*ROWS["clip_0.2"][1], *off]
         names = [f"{which}_{key}" for which in ("with", "without") for key in CHANGES]
         run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
-    if args.results == plot.RESULTS:
+    if args.results.resolve() == plot.RESULTS.resolve():
         draw()
         plot.write(TABLES)
 
