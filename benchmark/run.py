@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -82,6 +83,17 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor()
+
+
+def revision(script: str) -> str:
+    """The commit that last changed script, with a + where the file differs from it; unknown outside a repository."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        commit = git(["git", "log", "-1", "--format=%h", "--", script]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", script]).returncode
+    except OSError:  # no git here
+        return "unknown"
+    return f"{commit}{'+' * bool(changed)}" if commit else "unknown"
 
 
 def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
@@ -171,7 +183,7 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
         "evaluation_std": evaluation[2],
         "steps_per_second": round(args.total_timesteps / seconds) if where[0] == "--run-dir" else "",
         "command": " ".join(repeat),
-        "versions": " ".join(f"{p} {version(p)}" for p in packages),
+        "versions": " ".join([f"{p} {version(p)}" for p in packages] + [f"script {revision(script)}"]),
         "python": platform.python_version(),
         "processor": processor(),
     }

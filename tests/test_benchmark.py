@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
     run.main(args)
     (row,) = (tmp_path / "results" / "summary.csv").read_text().splitlines()[1:]
     assert row.startswith("npg,Pendulum-v1,101,4096,-") and "python trpo_continuous.py --no-line-search" in row
+    assert re.search(r" script ([0-9a-f]{7,}\+?|unknown),", row)  # what ran, as a commit of this repository
     curve = (tmp_path / "results" / "npg" / "Pendulum-v1__101.csv").read_text().splitlines()
     with pytest.raises(SystemExit, match="algorithms: npq was given"):
         run.main(dataclasses.replace(args, algorithms=["npq"]))
