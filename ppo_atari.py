@@ -80,7 +80,8 @@ class Args:
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 10_000_000
-    """Environment steps of the whole run, of 4 frames each, all environments together. [paper, sec. 6.4: 40M frames]"""
+    """Environment steps of the whole run, of 4 frames each, all environments together; at most, as an iteration is
+    never cut. [paper, sec. 6.4: 40M frames]"""
     num_envs: int = 8
     """Environments stepped side by side. [paper, table 5]"""
     num_steps: int = 128
@@ -428,7 +429,8 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
     FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
-    Resume from Python with train(parse_args(["--resume", run_dir])), which takes the saved arguments.
+    Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "20000000"])), which
+    takes all other arguments from the run.
     """
     check_args(args)
     envs = make_envs(args)
@@ -775,13 +777,14 @@ def check_args(args: Args) -> None:
             raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
 
     for field in fields(args):  # the command line knows the types too, a caller in Python may not
-        value = getattr(args, field.name)
+        value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            check(field.name, value in choices, f"one of {', '.join(choices)}")
-        elif field.type in (bool, int, float, str):
-            right_type = isinstance(value, (int, float) if field.type is float else field.type)
-            check(field.name, right_type, f"of type {field.type.__name__}, not {type(value).__name__}")
+            check(field.name, value in types, f"one of {', '.join(types)}")
+        else:
+            accepted = types + (int,) * (float in types) + (str,) * (Path in types)
+            right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
+            names = " or ".join(t.__name__ for t in types)
+            check(field.name, right_type, f"of type {names}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")

@@ -50,7 +50,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
-if sys.platform == "linux" and "DISPLAY" not in os.environ and find_library("EGL"):
+if sys.platform == "linux" and not os.environ.get("DISPLAY") and find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
 
 import gymnasium as gym
@@ -73,7 +73,7 @@ class Args:
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
-    """Environment steps of the whole run, all environments together."""
+    """Environment steps of the whole run, all environments together; at most, as an iteration is never cut."""
     num_envs: int = 8
     """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
     num_steps: int = 256
@@ -119,7 +119,8 @@ class Args:
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
     center_advantages: bool = False
-    """Subtract the batch's mean from the advantages. [OpenAI Baselines; the paper: not]"""
+    """Subtract the batch's mean from the advantages: worth it where a large part of every reward is the same, which
+    the critic takes long to learn. [OpenAI Baselines; the paper: not]"""
     normalize_advantages: bool = False
     """Divide the batch's advantages by their standard deviation. [OpenAI Baselines; the paper: not. Those of a task
     that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
@@ -200,7 +201,7 @@ class RewardScaler(RunningMeanStd):
         for reward, done in zip(rewards, dones):
             running.mul_(gamma).add_(reward)
             returns.append(running.clone())
-            running[done] = 0.0
+            running[done.bool()] = 0.0
         self.update(torch.cat(returns))
         return rewards * self.scale
 
@@ -450,7 +451,8 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
     FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
-    Resume from Python with train(parse_args(["--resume", run_dir])), which takes the saved arguments.
+    Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
+    takes all other arguments from the run.
     """
     check_args(args)
     envs = make_envs(args)
@@ -563,6 +565,7 @@ def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir:
     """Raw returns [num_episodes] of the policy's mean action; agent and statistics stay as they are.
 
     A task without a time limit gets one of 10,000 steps. With video_dir the first episode is recorded there as an mp4.
+    Raises FloatingPointError at the first NaN or infinity that the environment returns.
     """
     env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
     if env.spec.max_episode_steps is None:  # nothing else might end an episode of a policy that never fails
@@ -572,15 +575,16 @@ def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir:
     returns = np.zeros(num_episodes)
     for i in range(num_episodes):
         obs, _ = env.reset(seed=seed if i == 0 else None)
-        done = False
-        while not done:
+        done, finite = False, np.isfinite(obs).all()
+        while finite and not done:
             obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.actor_log_std.device)
             action = agent.distribution(obs[None]).mean[0].cpu().numpy().reshape(env.action_space.shape)
             obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
-            if not (np.isfinite(obs).all() and np.isfinite(reward)):
-                raise FloatingPointError(f"the environment returned a NaN or an infinity in evaluation episode {i + 1}")
             returns[i] += reward
             done = terminated or truncated
+            finite = np.isfinite(obs).all() and np.isfinite(reward)
+        if not finite:
+            raise FloatingPointError(f"the environment returned a NaN or an infinity in evaluation episode {i + 1}")
     env.close()
     return returns
 
@@ -773,13 +777,14 @@ def check_args(args: Args) -> None:
             raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
 
     for field in fields(args):  # the command line knows the types too, a caller in Python may not
-        value = getattr(args, field.name)
+        value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            check(field.name, value in choices, f"one of {', '.join(choices)}")
-        elif field.type in (bool, int, float, str):
-            right_type = isinstance(value, (int, float) if field.type is float else field.type)
-            check(field.name, right_type, f"of type {field.type.__name__}, not {type(value).__name__}")
+            check(field.name, value in types, f"one of {', '.join(types)}")
+        else:
+            accepted = types + (int,) * (float in types) + (str,) * (Path in types)
+            right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
+            names = " or ".join(t.__name__ for t in types)
+            check(field.name, right_type, f"of type {names}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")

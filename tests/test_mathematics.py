@@ -72,7 +72,8 @@ def test_observation_statistics_equal_numpys_however_batched(batch_sizes):
     assert stats.count == 1000
 
 
-def test_reward_scaling_carries_the_discounted_return_across_rollouts_but_not_across_episodes():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])  # of dones, where the scaler is copied
+def test_reward_scaling_carries_the_discounted_return_across_rollouts_but_not_across_episodes(dtype):
     rng = np.random.default_rng(5)
     rewards, dones = rng.normal(size=(30, 2)), rng.random((30, 2)) < 0.1
     expected, total = [], np.zeros(2)
@@ -82,7 +83,7 @@ def test_reward_scaling_carries_the_discounted_return_across_rollouts_but_not_ac
         total = np.where(done, 0.0, total)
     scaler, running = ppo_clip_continuous.RewardScaler(), torch.zeros(2, dtype=torch.float64)
     for part in (slice(0, 11), slice(11, 30)):
-        scaled = scaler(torch.as_tensor(rewards[part]), torch.as_tensor(dones[part]), 0.9, running)
+        scaled = scaler(torch.as_tensor(rewards[part]), torch.as_tensor(dones[part]).to(dtype), 0.9, running)
     assert float(scaler.var) == pytest.approx(np.var(expected))
     np.testing.assert_allclose(scaled, rewards[11:] / np.std(expected), rtol=1e-6)
 

@@ -135,7 +135,7 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path, capsy
 
 @pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="no EGL to render with")
 def test_video_without_a_display(tmp_path, monkeypatch):
-    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", "")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     size = {"num_envs": 2, "num_steps": 32, "total_timesteps": 64}
     ppo_clip_continuous.train(quick(ppo_clip_continuous, tmp_path / "a", env_id="Reacher-v5", **size))
@@ -434,6 +434,8 @@ def test_a_nan_in_the_evaluation_is_no_result(script, what):
     assert len(script.evaluate(agent, env_id, 14, seed=1)) == 14
     with pytest.raises(FloatingPointError, match="a NaN or an infinity in evaluation episode 15"):
         script.evaluate(agent, env_id, 20, seed=1)
+    with pytest.raises(FloatingPointError, match="a NaN or an infinity in evaluation episode 1"):
+        script.evaluate(agent, "toy_envs:InfiniteStart-v0", 1, seed=1)
 
 
 def test_the_agent_takes_observations_as_environments_return_them(script):
@@ -542,7 +544,8 @@ def test_wrong_choices_and_types_from_python_are_refused(script, tmp_path):
     for name, wrong in (("device", "cuda:0"), ("vectorization", "Async")):
         with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be one of (auto|sync)"):
             script.train(quick(script, tmp_path / "a", **{name: wrong}))
-    for name, wrong, right in (("num_steps", 16.0, "int"), ("gamma", "0.9", "float"), ("anneal_lr", "no", "bool")):
+    numbers = [("num_steps", 16.0, "int"), ("num_envs", True, "int"), ("gamma", "0.9", "float")]
+    for name, wrong, right in (*numbers, ("anneal_lr", "no", "bool"), ("resume", 5, "Path or NoneType")):
         with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be of type {right}"):
             script.train(quick(script, tmp_path / "a", **{name: wrong}))
     assert not (tmp_path / "a").exists()
