@@ -780,7 +780,7 @@ def check_args(args: Args) -> None:
         value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
             check(field.name, value in types, f"one of {', '.join(types)}")
-        else:
+        else:  # an int will do for a float and text for a path; to Python True is an int too, but nobody means it
             accepted = types + (int,) * (float in types) + (str,) * (Path in types)
             right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
             names = " or ".join(t.__name__ for t in types)

@@ -424,7 +424,7 @@ def line_search(
 ) -> Step:
     """θ = θ_old + α^j Δ with the first j = 0, 1, ... for which L(θ) - L(θ_old) > 0 and mean KL <= δ (app. C).
 
-    evaluate_at(θ) gives (L(θ) - L(θ_old), mean KL). Where no j below max_backtracks, at least 1, will do, and where
+    evaluate_at(θ) gives (L(θ) - L(θ_old), mean KL). Where no j below max_backtracks (at least 1) will do, and where
     either is not finite (every comparison with NaN is false), the result holds theta_old itself.
     """
     for j in range(max_backtracks):
@@ -968,7 +968,7 @@ def check_args(args: Args) -> None:
         value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
             check(field.name, value in types, f"one of {', '.join(types)}")
-        else:
+        else:  # an int will do for a float and text for a path; to Python True is an int too, but nobody means it
             accepted = types + (int,) * (float in types) + (str,) * (Path in types)
             right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
             names = " or ".join(t.__name__ for t in types)
