@@ -43,6 +43,7 @@ the statistics move between iterations comes on top, visibly so after the first 
     python trpo_continuous.py --evaluate RUN_DIR --capture-video
 """
 
+import io
 import json
 import os
 import shutil
@@ -633,7 +634,8 @@ def train(args: Args) -> Path:
     step to the best policy within the trust region, fit the critic, repeat.
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
-    FloatingPointError when a NaN or an infinity turns up; the last checkpoint is then still good.
+    FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
+    still good.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
     takes all other arguments from the run.
     """
@@ -911,7 +913,9 @@ def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns:
         **{name: part.state_dict() for name, part in parts.items()},
     }
     path = Path(run_dir) / "checkpoint.pt"
-    torch.save(checkpoint, path.with_suffix(".tmp"))
+    buffer = io.BytesIO()  # by way of memory, as torch.save does not say why a disk refuses a file
+    torch.save(checkpoint, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -1016,7 +1020,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: train, resume or evaluate. Exits with 2 for a refusal, 1 for a NaN, 128 + n for signal n."""
+    """The command line: train, resume or evaluate.
+
+    Exits with 2 for a refusal, 1 for a NaN or a full disk, 128 + n for signal n.
+    """
     try:
         args = parse_args(argv)
         if args.evaluate:
@@ -1035,7 +1042,7 @@ def main(argv: list[str] | None = None) -> None:
     except RefusedError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # a NaN, or a disk that is full
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training

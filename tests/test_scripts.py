@@ -419,6 +419,21 @@ def test_a_nan_stops_the_run_with_its_step_and_leaves_the_checkpoint(script, wha
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == 256
 
 
+def test_a_full_disk_stops_the_run_in_one_sentence_and_leaves_the_checkpoint(script, tmp_path, capsys):
+    resource = pytest.importorskip("resource")  # stands in for the disk: no file may grow past a limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = "--num-envs 2 --num-steps 64 --num-minibatches 4 --total-timesteps 512 --checkpoint-interval 1".split()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # the optimizer's state does not fit in any more
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--env-id", "Pendulum-v1", *size, "--run-dir", str(tmp_path / "a")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = f"stopped: [Errno {errno.EFBIG}] File too large; the last checkpoint is untouched\n"
+    assert stopped.value.code == 1 and capsys.readouterr().err.endswith(message)
+    assert script.load_checkpoint(tmp_path / "a")["global_step"] == 0
+
+
 def test_an_infinity_that_an_episode_starts_from_never_reaches_the_statistics(script, tmp_path):
     with pytest.raises(FloatingPointError, match="an observation that is NaN or infinite at step 0"):
         script.train(quick(script, tmp_path / "a", env_id="toy_envs:InfiniteStart-v0", checkpoint_interval=1))
