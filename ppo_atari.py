@@ -38,6 +38,7 @@ Mnih et al. 2015, as CleanRL and Baselines have it, where the paper cites a smal
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 """
 
+import errno
 import io
 import json
 import os
@@ -428,7 +429,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
 def train(args: Args) -> Path:
     """PPO, algorithm 1 of the paper: collect, estimate advantages, optimise the surrogate, repeat.
 
-    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
     still good.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "20000000"])), which
@@ -853,7 +854,9 @@ def main(argv: list[str] | None = None) -> None:
     except RefusedError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:  # a NaN, or a disk that is full
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # not a full disk: the traceback says more
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training

@@ -36,6 +36,7 @@ the environments are spread over the length of an episode (`Staggered`).
     python ppo_kl_continuous.py --evaluate RUN_DIR --capture-video
 """
 
+import errno
 import io
 import json
 import os
@@ -475,7 +476,7 @@ def train(args: Args) -> Path:
     """PPO, algorithm 1 of the paper with the objective of its section 4: collect, estimate advantages,
     optimise the penalised surrogate, adapt the price of the KL, repeat.
 
-    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
     still good.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
@@ -885,7 +886,9 @@ def main(argv: list[str] | None = None) -> None:
     except RefusedError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:  # a NaN, or a disk that is full
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # not a full disk: the traceback says more
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training

@@ -43,6 +43,7 @@ the statistics move between iterations comes on top, visibly so after the first 
     python trpo_continuous.py --evaluate RUN_DIR --capture-video
 """
 
+import errno
 import io
 import json
 import os
@@ -633,7 +634,7 @@ def train(args: Args) -> Path:
     """TRPO, algorithm 1 of the paper in the practical form of its section 6: collect, estimate advantages,
     step to the best policy within the trust region, fit the critic, repeat.
 
-    Returns the run directory. Raises RefusedError before any work for arguments that cannot work, and
+    Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
     still good.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
@@ -1042,7 +1043,9 @@ def main(argv: list[str] | None = None) -> None:
     except RefusedError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:  # a NaN, or a disk that is full
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # not a full disk: the traceback says more
         print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training

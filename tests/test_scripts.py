@@ -434,6 +434,12 @@ def test_a_full_disk_stops_the_run_in_one_sentence_and_leaves_the_checkpoint(scr
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == 0
 
 
+def test_an_error_of_the_system_that_is_no_full_disk_keeps_its_traceback(script, monkeypatch):
+    monkeypatch.setattr(script, "train", mock.Mock(side_effect=ConnectionResetError(errno.ECONNRESET, "a dead worker")))
+    with pytest.raises(ConnectionResetError, match="a dead worker"):
+        script.main([])
+
+
 def test_an_infinity_that_an_episode_starts_from_never_reaches_the_statistics(script, tmp_path):
     with pytest.raises(FloatingPointError, match="an observation that is NaN or infinite at step 0"):
         script.train(quick(script, tmp_path / "a", env_id="toy_envs:InfiniteStart-v0", checkpoint_interval=1))
