@@ -1,6 +1,10 @@
 """One iteration of the scripts, from what the environment returns to the gradient, beside a plain account of it."""
 
 import copy
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -195,3 +199,33 @@ def test_approximate_kl_of_known_ratios():
     old_log_probs = agent.distribution(obs).log_prob(actions).detach() - log_ratio
     expected = (log_ratio.exp() - 1.0 - log_ratio).mean()
     torch.testing.assert_close(ppo_clip_continuous.approximate_kl(agent, obs, actions, old_log_probs), expected)
+
+
+@pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="no C++ compiler, or Python's headers are missing",
+)
+@each
+def test_compiled_gradients_are_the_eager_ones_also_when_statistics_and_penalty_have_changed(
+    script, tmp_path, monkeypatch
+):
+    """Nothing that changes between iterations may be compiled in as a constant."""
+    compiler, seen = torch.compile, []
+
+    def beside_eager(function):
+        compiled = compiler(function)
+
+        def both(agent, parameters, minibatch, args):
+            gradients = compiled(agent, parameters, minibatch, args)
+            for a, b in zip(gradients, function(agent, parameters, minibatch, args), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            seen.append((int(agent.obs_stats.count), float(getattr(agent, "kl_coef", 0.0))))
+            return gradients
+
+        return both
+
+    monkeypatch.setattr(torch, "compile", beside_eager)
+    epochs = {"critic_epochs": 1} if script is trpo_continuous else {"target_kl": 1e-6}  # so that beta changes
+    script.train(quick(script, tmp_path / "run", compile=True, num_minibatches=4, **epochs))
+    assert len(seen) == 8 and len(set(seen)) == 2
+    assert seen[0][1] != seen[-1][1] or script is not ppo_kl_continuous
