@@ -50,6 +50,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -116,7 +117,8 @@ class Args:
     gae_lambda: float = 0.95
     """Decay of the advantage estimator, in [0, 1]. [paper, table 5]"""
     clip_coef: float = 0.1
-    """Epsilon of eq. 7: how far the probability ratio may move before its gradient stops. [paper, table 5]"""
+    """Epsilon of eq. 7: how far the probability ratio may move before its gradient stops.
+    [paper, table 5, where it falls to 0 with the learning rate; constant: CleanRL]"""
     value_coef: float = 0.25
     """c1 of eq. 9, the weight of the value loss. [CleanRL: 0.5 on half the square; paper, table 5: 1]"""
     entropy_coef: float = 0.01
@@ -384,7 +386,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
 
     `gradient` is `loss_gradient` or its compiled form. Returns the scalars for the log, taken over the
-    last minibatch after its own step.
+    last minibatch after its own step (the explained variance over the whole batch, before the first).
     """
     obs, actions = agent.pixels(rollout.obs.flatten(0, 1)), rollout.actions.flatten(0, 1)  # pixels once for all passes
     images = obs.permute(0, 2, 3, 1)  # each in one piece of memory: index_select copies such rows faster than obs[rows]
@@ -622,8 +624,10 @@ class Run:
             self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            text = json.dumps(plain(args), indent=2)
+            (self.run_dir / "args.json").write_text(text + "\n")
             self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+            self.writer.add_text("args", f"```\n{text}\n```", self.global_step)  # here also those before a resume
         except OSError as error:
             raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
@@ -814,6 +818,7 @@ def check_args(args: Args) -> None:
     if args.capture_video:
         writable = not args.evaluate or os.access(args.evaluate, os.W_OK)
         check("capture_video", writable, f"off, as {args.evaluate} cannot be written")
+        check("capture_video", find_spec("moviepy"), "off, as the package moviepy is not installed")
         make_env(args.env_id, "rgb_array").close()
 
 

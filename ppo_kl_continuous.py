@@ -50,6 +50,7 @@ from collections import deque
 from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -110,7 +111,8 @@ class Args:
     """β of eq. 8 at the start; a resumed run that adapts it goes on from its own. [paper, sec. 4: not important, as it
     adapts quickly]"""
     adapt_kl_coef: bool = True
-    """Double or halve β after an iteration whose KL is far from target_kl; off: the fixed β of sec. 4."""
+    """Double or halve β after an iteration whose KL is far from target_kl; off: the fixed β of sec. 4,
+    kl_coef, whatever a resumed run had adapted it to."""
     target_kl: float = 0.02
     """d_targ of sec. 4, the mean KL that an iteration is to move the policy by. [paper, table 1: 0.003 to 0.03]"""
     value_coef: float = 0.5
@@ -432,12 +434,13 @@ def update(
     """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
 
     `rewards` [num_steps, num_envs] are the scaled ones, `gradient` is `loss_gradient` or its compiled
-    form. Returns the scalars for the log, taken over the whole batch after the last step.
+    form. Returns the scalars for the log, taken over the whole batch after the last step (the explained
+    variance before the first).
     """
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     parameters = [p for p in agent.parameters() if p.requires_grad]
     minibatch_size = len(obs) // args.num_minibatches
-    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at exactly 1
+    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at 1
         old = agent.distribution(obs)
         old_log_probs, old_means, old_stds = old.log_prob(actions), old.mean, old.stddev
     advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)
@@ -653,8 +656,10 @@ class Run:
             self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            text = json.dumps(plain(args), indent=2)
+            (self.run_dir / "args.json").write_text(text + "\n")
             self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+            self.writer.add_text("args", f"```\n{text}\n```", self.global_step)  # here also those before a resume
         except OSError as error:
             raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
@@ -845,6 +850,7 @@ def check_args(args: Args) -> None:
     if args.capture_video:
         writable = not args.evaluate or os.access(args.evaluate, os.W_OK)
         check("capture_video", writable, f"off, as {args.evaluate} cannot be written")
+        check("capture_video", find_spec("moviepy"), "off, as the package moviepy is not installed")
         make_env(args.env_id, "rgb_array").close()
 
 

@@ -25,7 +25,8 @@ the set of policies whose mean KL divergence from the old one is at most `max_kl
 - Why conjugate gradient: H has as many rows as the policy has parameters. Conjugate gradient solves
   H x = g with nothing but products H v, each about as cheap as two gradients; H is never formed.
 - Why a line search: the linear and the quadratic model are only models. The step is shortened until the
-  true surrogate rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG.
+  true surrogate rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG, with
+  the step size that `max_kl` gives, where Kakade has a constant.
 
 Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.05477, whose equation
 numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.02438.
@@ -58,6 +59,7 @@ from collections.abc import Callable
 from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -100,7 +102,7 @@ class Args:
     """Compile the critic's gradient with torch.compile: some seconds at the start, then faster updates."""
 
     hidden_size: int = 64
-    """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: one layer of 30 to 50]"""
+    """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: layers of 30 to 50]"""
     init_log_std: float = -0.5
     """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
     min_log_std: float = -2.0
@@ -313,7 +315,8 @@ def compute_gae(
 
 
 def surrogate_advantage(ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """L(θ) = E[r Â] (eq. 14), a scalar to be maximised; ratio r = π(a|s) / π_old(a|s), both [batch]."""
+    """L(θ) = E[r Â] (eq. 14, with the advantage for its Q: a constant apart), a scalar to be maximised; ratio
+    r = π(a|s) / π_old(a|s), both [batch]."""
     return (ratio * advantages).mean()
 
 
@@ -355,7 +358,7 @@ def fisher_vector_product(
     """
     outputs = torch.stack([policy.mean, policy.stddev])  # [2, batch, action_size]
     variance = policy.variance.detach()
-    metric = torch.stack([1.0 / variance, 2.0 / variance]) / len(variance)  # M, and the mean over the batch
+    metric = torch.stack([1.0 / variance, 2.0 / variance]) / variance[..., 0].numel()  # M, and the mean over the batch
     u = torch.zeros_like(outputs, requires_grad=True)
     pullback = flat_gradient(outputs, parameters, grad_outputs=u, create_graph=True)  # Jᵀu, linear in u
 
@@ -398,8 +401,8 @@ def full_step(
     x: torch.Tensor, hessian_x: torch.Tensor, max_kl: float, max_step_size: float | None = None
 ) -> torch.Tensor:
     """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C), or
-    max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144); not finite where xᵀHx is not positive. Of a
-    damped H, as here, xᵀHx is larger, and the step ends somewhat inside."""
+    max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144); not finite where xᵀHx is negative, nor where it
+    is 0 without a max_step_size. Of a damped H, as here, xᵀHx is larger, and the step ends somewhat inside."""
     step_size = (2.0 * max_kl / (x @ hessian_x)).sqrt()
     if max_step_size is not None:
         step_size = step_size.clamp(max=max_step_size)
@@ -810,8 +813,10 @@ class Run:
             self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "args.json").write_text(json.dumps(plain(args), indent=2) + "\n")
+            text = json.dumps(plain(args), indent=2)
+            (self.run_dir / "args.json").write_text(text + "\n")
             self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+            self.writer.add_text("args", f"```\n{text}\n```", self.global_step)  # here also those before a resume
         except OSError as error:
             raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
         self.save()  # a run killed before its first checkpoint resumes too
@@ -1002,6 +1007,7 @@ def check_args(args: Args) -> None:
     if args.capture_video:
         writable = not args.evaluate or os.access(args.evaluate, os.W_OK)
         check("capture_video", writable, f"off, as {args.evaluate} cannot be written")
+        check("capture_video", find_spec("moviepy"), "off, as the package moviepy is not installed")
         make_env(args.env_id, "rgb_array").close()
 
 

@@ -34,6 +34,7 @@ PAPER_SETTING = (
     "--no-scale-rewards --center-advantages --normalize-advantages --max-grad-norm 1e9"
 ).split()
 ONE_ENV = "--num-envs 1 --num-steps 2048".split()
+BOTH = ("ours", "paper")
 SETTINGS = {"ours": [], "paper": PAPER_SETTING, "one_env": [*ONE_ENV, *PAPER_SETTING]}
 ROWS = {  # one of plot.TABLE_1: (the paper's score, our command)
     "none": (-0.39, [KL, "--kl-coef", "0", "--no-adapt-kl-coef"]),
@@ -82,7 +83,7 @@ class Args:
     results: Path = plot.RESULTS
     """Where the CSVs go; the page is written only from those of the repository. Another folder repeats a row there."""
     runs: Path = run.Args.runs
-    """Where the run directories go."""
+    """Where the run directories go; what lies finished there is not trained anew."""
     run: bool = True
     """Run what the rows lack; off: none of them."""
     collapse: bool = False
@@ -103,11 +104,11 @@ def returns(name: str) -> list[np.ndarray]:
     return [plot.numbers([run for run in runs if int(run["seed"]) <= 3]) for runs in tasks]
 
 
-def scores(setting: str) -> dict[str, list[np.ndarray]]:
+def scores(setting: str, among: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
     """{row: one array a task, of its runs' scores}: the last 100 episodes on the scale from a random policy, 0, to the
-    best row of both settings on that task, 1 (section 6.1). Only rows that have been run on every task have a score,
-    and only one with all its runs can be the best."""
-    rows = {(which, row): returns(algorithm(row, which)) for which in ("ours", "paper") for row in ROWS}
+    best row among these settings on that task, 1 (section 6.1). Only rows that have been run on every task have a
+    score, and only one with all its runs can be the best."""
+    rows = {(which, row): returns(algorithm(row, which)) for which in among for row in ROWS}
     rows = {key: tasks for key, tasks in rows.items() if all(map(len, tasks))}
     zero = [plot.numbers(plot.summary()["random", f"{task}-v5"], "evaluation_mean").mean() for task in TASKS]
     whole = [tasks for tasks in rows.values() if all(len(runs) == 3 for runs in tasks)]
@@ -120,24 +121,25 @@ def scores(setting: str) -> dict[str, list[np.ndarray]]:
 
 
 def table(setting: str) -> str:
-    """The paper's table 1 with ours beside it, bootstrap intervals over seeds, mean returns task by task, and the
-    command of each row. A row has a score when it has been run on every task, and an interval with its 21 runs."""
-    lines = ["| | paper | score | 95% interval | runs | " + " | ".join(TASKS) + " | command |"]
-    lines.append("| --- |" + " --- |" * (len(TASKS) + 5))
-    complete = scores(setting)
+    """The paper's table 1 with ours beside it, bootstrap intervals over seeds, the score on the scale of both settings,
+    mean returns task by task, and the command of each row. A row has a score when it has been run on every task, and
+    an interval with its 21 runs."""
+    lines = ["| | paper | score | 95% interval | score, both settings | runs | " + " | ".join(TASKS) + " | command |"]
+    lines.append("| --- |" + " --- |" * (len(TASKS) + 6))
+    here, both = scores(setting, (setting,)), scores(setting, BOTH)
     for row, (paper, _) in ROWS.items():
-        tasks, score, interval = returns(algorithm(row, setting)), "", ""
+        tasks, score, interval, wide = returns(algorithm(row, setting)), "", "", ""
         if not any(map(len, tasks)):
             continue
-        if row in complete:
-            score = f"{plot.mean_of_tasks(*complete[row]):.2f}"
+        if row in here:
+            score, wide = (f"{plot.mean_of_tasks(*scored[row]):.2f}" for scored in (here, both))
             if all(len(runs) == 3 for runs in tasks):
-                interval = "{:.2f} to {:.2f}".format(*plot.interval(complete[row], plot.mean_of_tasks))
-        cells = [plot.TABLE_1[row], "" if paper is None else paper, score, interval, sum(map(len, tasks))]
+                interval = "{:.2f} to {:.2f}".format(*plot.interval(here[row], plot.mean_of_tasks))
+        cells = [plot.TABLE_1[row], "" if paper is None else paper, score, interval, wide, sum(map(len, tasks))]
         for runs in tasks:
             seeds = "" if len(runs) == 3 else f", {len(runs)} seed{'s' * (len(runs) > 1)}"
             cells.append(f"{plot.short(runs.mean())}{seeds}" if len(runs) else "")
-        cells.append(f"`python benchmark/table1.py --rows {row} --settings {setting} --results again`")
+        cells.append(f"`python benchmark/table1.py --rows {row} --settings {setting} --results again --runs again`")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -224,7 +226,7 @@ def draw() -> None:
     paper = {row: score for row, (score, _) in ROWS.items() if score is not None}
     axis.scatter(paper.values(), [places[row] for row in paper], marker="x", color="#888888", label="paper")
     for setting, color, shift in (("ours", "#0072B2", 0.15), ("paper", "#D55E00", -0.15)):
-        for i, (row, tasks) in enumerate(scores(setting).items()):
+        for i, (row, tasks) in enumerate(scores(setting, BOTH).items()):
             label = {"ours": "our defaults", "paper": "the paper's setting"}[setting] if i == 0 else None
             if all(len(runs) == 3 for runs in tasks):
                 ends = plot.interval(tasks, plot.mean_of_tasks)
@@ -232,7 +234,8 @@ def draw() -> None:
             axis.plot(plot.mean_of_tasks(*tasks), places[row] + shift, "o", color=color, label=label)
     axis.set_yticks(list(places.values()), plot.TABLE_1.values())
     axis.set_xlabel(
-        "score: 0 is a random policy, 1 the best row of each task\nbars: 95% intervals, where no seed is missing"
+        "score: 0 is a random policy, 1 the best row of each task in both settings\n"
+        "bars: 95% intervals, where no seed is missing"
     )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)

@@ -121,6 +121,12 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path, capsy
     assert COMMON_SCALARS | OWN_SCALARS[name] == logged.keys()
     assert [step for step, _ in logged["losses/value_loss"]] == [batch, 2 * batch, 3 * batch, 4 * batch]
     assert script.load_checkpoint(run_dir)["global_step"] == 4 * batch
+    texts = EventAccumulator(str(run_dir)).Reload().Tensors("args/text_summary")  # both parts' arguments are kept
+    kept = [json.loads(text.tensor_proto.string_val[0].decode().strip("`\n")) for text in texts]
+    assert [(text.step, args["total_timesteps"]) for text, args in zip(texts, kept)] == [
+        (0, 2 * batch),
+        (2 * batch, 4 * batch),
+    ]
     # Environment i cuts an episode at 50 i steps and then plays 200 at a time, anew after the resume.
     whole = sum((2 * 256 - 50 * i) // 200 for i in range(4))
     assert len(logged["charts/episodic_return"]) == 2 * whole
@@ -630,6 +636,9 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert "capture_video: True" in refused(script, [*evaluate, "--capture-video"], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "find_spec", lambda package: None)
+        assert "the package moviepy is not installed" in refused(script, ["--capture-video"], capsys)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
         assert "checkpoint.pt cannot be read (Permission denied)" in refused(script, evaluate, capsys)

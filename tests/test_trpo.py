@@ -105,6 +105,9 @@ def test_fisher_vector_product_equals_the_explicit_hessian_and_is_symmetric_and_
     assert torch.linalg.eigvalsh(product).min() > -1e-10
     damped = trpo.fisher_vector_product(agent.distribution(obs), parameters, 0.5)(identity[0])
     torch.testing.assert_close(damped, hessian[0] + 0.5 * identity[0])
+    pairs = agent.distribution(obs.unflatten(0, (2, -1)))  # the mean over all states, however they are laid out
+    in_pairs = trpo.fisher_vector_product(pairs, parameters, 0.0)(identity[0])
+    torch.testing.assert_close(in_pairs, hessian[0], rtol=1e-9, atol=1e-10)
 
 
 def test_fisher_vector_product_is_the_expectation_of_the_scores_outer_product():
