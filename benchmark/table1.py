@@ -7,9 +7,10 @@
     python benchmark/table1.py --no-run --changes      # clipping, from the paper's setting to ours, change by change
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
-not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, log-std
-starting at 0, no normalisation of observations, no scaling of rewards, no clipping of the gradient's norm. Where it is
-silent: advantages are normalised, as a beta means nothing beside advantages of arbitrary scale; networks start as ours.
+not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, no
+normalisation of observations, no scaling of rewards, no clipping of the gradient's norm. Where it is silent:
+advantages are normalised, as a beta means nothing beside advantages of arbitrary scale; the log-std starts at 0, the
+networks as ours.
 The 2,048 steps are 8 environments' 256: one environment's take more than twice as long. "one_env" checks that:
 
     python benchmark/table1.py --settings one_env --tasks HalfCheetah --rows none --seeds 1
@@ -221,17 +222,22 @@ def draw() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    figure, axis = plt.subplots(figsize=(8, 5.5))
     places = {row: -i for i, row in enumerate(ROWS)}
     paper = {row: score for row, (score, _) in ROWS.items() if score is not None}
     axis.scatter(paper.values(), [places[row] for row in paper], marker="x", color="#888888", label="paper")
-    for setting, color, shift in (("ours", "#0072B2", 0.15), ("paper", "#D55E00", -0.15)):
-        for i, (row, tasks) in enumerate(scores(setting, BOTH).items()):
-            label = {"ours": "our defaults", "paper": "the paper's setting"}[setting] if i == 0 else None
+    for setting, among, label, color, face, shift in (
+        ("ours", BOTH, "our defaults", "#0072B2", "#0072B2", 0.2),
+        ("paper", ("paper",), "the paper's setting, scored among its own rows", "#D55E00", "white", 0.0),
+        ("paper", BOTH, "the paper's setting", "#D55E00", "#D55E00", -0.2),
+    ):
+        for row, tasks in scores(setting, among).items():
+            place = places[row] + shift
             if all(len(runs) == 3 for runs in tasks):
                 ends = plot.interval(tasks, plot.mean_of_tasks)
-                axis.plot(ends, [places[row] + shift] * 2, color=color, linewidth=1.5)
-            axis.plot(plot.mean_of_tasks(*tasks), places[row] + shift, "o", color=color, label=label)
+                axis.plot(ends, [place] * 2, color=color, linewidth=1.5)
+            axis.plot(plot.mean_of_tasks(*tasks), place, "o", color=color, markerfacecolor=face, label=label)
+            label = None  # once in the legend
     axis.set_yticks(list(places.values()), plot.TABLE_1.values())
     axis.set_xlabel(
         "score: 0 is a random policy, 1 the best row of each task in both settings\n"
