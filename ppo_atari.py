@@ -21,17 +21,18 @@ the surrogate means nothing, so the ratio is clipped; `ppo_clip_continuous.py` t
 and critic share a convolutional network, the actions are the buttons of a joystick, and observations
 stay bytes until they reach the network.
 
-Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation
-numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438, the network that of Mnih et
-al. 2015. The games follow the literature's protocol: every fourth frame, the larger of its last two
-pixels, 84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once at the
-start of a game that has it, at most 108,000 frames. A lost life ends the learning episode, the game goes
-on. Rewards are learned from by their sign. Reported returns are raw scores of full games.
+Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation numbers
+below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438, the network that of Mnih et al. 2015.
+The games follow the literature's protocol: every fourth frame, the pixelwise maximum of the last two,
+84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once at the start of a
+game that has it, at most 108,000 frames. A lost life ends the learning episode, the game goes on. Rewards
+are learned from by their sign. Reported returns are raw scores of full games.
 
-Where this file departs from the paper, each a field of `Args` with its reason: 4 epochs, value weight 0.25
-(CleanRL's 0.5 on half the square), a clip range that stays, the gradient's norm clipped, advantages
-normalised (all as CleanRL, which normalises each minibatch instead of the batch). The network is that of
-Mnih et al. 2015, as CleanRL and Baselines have it, where the paper cites a smaller one of 2016.
+Where this file departs from the paper, each a field of `Args` with its source or reason: 4 epochs, value
+weight 0.25 (CleanRL's 0.5 on half the square), a clip range that stays, the gradient's norm clipped,
+advantages normalised (all as CleanRL, which normalises each minibatch instead of the batch). The network
+is that of Mnih et al. 2015, as CleanRL and Baselines have it, where the paper cites a smaller one of
+2016.
 
     python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 3000000
     python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000
@@ -83,15 +84,15 @@ class Args:
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 10_000_000
-    """Environment steps of the whole run, of 4 frames each, all environments together; at most, as an iteration is
-    never cut. [paper, sec. 6.4: 40M frames]"""
+    """Environment steps of the whole run, of 4 frames each, all environments together, those before a resume included;
+    rounded down to whole iterations. [paper, sec. 6.4: 40M frames]"""
     num_envs: int = 8
     """Environments stepped side by side. [paper, table 5]"""
     num_steps: int = 128
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 5]"""
     repeat_action_probability: float = 0.0
     """Sticky actions: how likely the emulator repeats the last action instead of taking the new one, in training and
-    evaluation. [Machado et al. 2018: 0.25; papers before: 0]"""
+    evaluation. [Machado et al. 2018: 0.25; earlier papers: 0]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network lives; auto is the GPU where there is one."""
     num_threads: int = os.cpu_count() or 1
@@ -102,7 +103,8 @@ class Args:
     """The shared layers in bfloat16: about twice as fast where the processor has instructions for it, and by default
     only there, whatever the device; elsewhere it is emulated, and slower than float32."""
     compile: bool = False
-    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+    """Compile the gradient with torch.compile: some seconds at the start, then faster updates; needs a C++ compiler and
+    Python's header files."""
 
     learning_rate: float = 2.5e-4
     """Step size of Adam at the start. [paper, table 5; Adam's ε, 1e-5: OpenAI Baselines, CleanRL]"""
@@ -111,7 +113,7 @@ class Args:
     num_epochs: int = 4
     """Passes over the batch in one iteration. [OpenAI Baselines, CleanRL; paper, table 5: 3]"""
     num_minibatches: int = 4
-    """Gradient steps per pass. [paper, table 5: minibatches of 32 * 8 samples]"""
+    """Gradient steps per pass, a divisor of num_envs * num_steps. [paper, table 5: minibatches of 32 * 8 samples]"""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, table 5]"""
     gae_lambda: float = 0.95
@@ -124,28 +126,32 @@ class Args:
     entropy_coef: float = 0.01
     """c2 of eq. 9, the weight of the entropy bonus. [paper, table 5]"""
     value_clip: float | None = None
-    """Clip the change of a value per iteration to this, as OpenAI Baselines do. [arXiv 2006.05990: no gain]"""
+    """Clip the change of a value per iteration to this, in units of the rewards' signs; None: not.
+    [OpenAI Baselines; arXiv 2006.05990: no gain]"""
     max_grad_norm: float = 0.5
-    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines]"""
+    """Scale a gradient of larger norm, over all parameters, down to this. [OpenAI Baselines]"""
     target_kl: float | None = None
-    """Leave the iteration after an epoch that has moved the mean KL beyond this; None: never. [Spinning Up]"""
+    """Leave the iteration after an epoch that has moved the policy beyond this estimated mean KL, in nats; None: never.
+    [Spinning Up]"""
     recompute_advantages: bool = False
-    """Estimate the advantages anew with the current critic before every epoch: a pass over the batch each."""
+    """Estimate the advantages anew with the current critic before every epoch: a pass over the batch each.
+    [arXiv 2006.05990, sec. 3.5; CleanRL: not]"""
     center_advantages: bool = True
     """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
     about any of them. [OpenAI Baselines]"""
     normalize_advantages: bool = True
     """Divide the batch's advantages by their standard deviation. [OpenAI Baselines]"""
     run_dir: Path | None = None
-    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    """This run's own directory, one without a saved run; by default runs/<env>__<script>__<seed>__<time>."""
     checkpoint_interval: int = 10
     """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
     resume: Path | None = None
-    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    """Go on with the run in this directory, with its arguments except those given beside this one; env_id and seed
+    stay."""
     evaluate: Path | None = None
     """Only play the policy saved in this directory."""
     eval_episodes: int = 10
-    """Games of the evaluation at the end of training, or of --evaluate."""
+    """Games of the evaluation at the end of training, or of --evaluate; their actions are sampled, too."""
     capture_video: bool = False
     """Record the first evaluation game, in colour, as an mp4 in the run directory's videos/."""
 

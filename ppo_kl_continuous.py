@@ -24,10 +24,10 @@ after every iteration it is doubled where the policy moved too far and halved wh
 Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347, section 4;
 equation numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
 
-Where this file departs from the paper, each a field of `Args` with its reason: observations are
+Where this file departs from the paper, each a field of `Args` with its source or reason: observations are
 normalised, rewards scaled, advantages normalised and recomputed with the newest critic at every epoch,
-the learning rate decays, the gradient's norm is clipped. Besides, a time limit is not a termination, and
-the environments are spread over the length of an episode (`Staggered`).
+the learning rate decays, the gradient's norm is clipped, the log-std starts at -0.5. Besides, a time limit is not a
+termination, and the environments are spread over the length of an episode (`Staggered`).
 
     python ppo_kl_continuous.py --env-id Walker2d-v5 --seed 2
     python ppo_kl_continuous.py --kl-coef 3 --no-adapt-kl-coef        # fixed penalty
@@ -77,7 +77,8 @@ class Args:
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
-    """Environment steps of the whole run, all environments together; at most, as an iteration is never cut."""
+    """Environment steps of the whole run, all environments together, those before a resume included; rounded down to
+    whole iterations. [paper, sec. 6.1: 1M]"""
     num_envs: int = 8
     """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
     num_steps: int = 256
@@ -89,12 +90,14 @@ class Args:
     num_threads: int = 1
     """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
     compile: bool = False
-    """Compile the gradient with torch.compile: some seconds at the start, then faster updates."""
+    """Compile the gradient with torch.compile: some seconds at the start, then faster updates; needs a C++ compiler and
+    Python's header files."""
 
     hidden_size: int = 64
     """Width of the two hidden layers of actor and critic. [paper, sec. 6.1: 64]"""
     init_log_std: float = -0.5
-    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
+    """Start value of the log standard deviation of the actions, in [-10, 10]. [arXiv 2006.05990, sec. 3.2: a std of
+    about 0.5]"""
     learning_rate: float = 3e-4
     """Step size of Adam at the start. [paper, table 3; Adam's ε, 1e-5: OpenAI Baselines, CleanRL]"""
     anneal_lr: bool = True
@@ -102,27 +105,29 @@ class Args:
     num_epochs: int = 10
     """Passes over the batch in one iteration. [paper, table 3]"""
     num_minibatches: int = 32
-    """Gradient steps per pass. [paper, table 3: minibatches of 64 samples]"""
+    """Gradient steps per pass, a divisor of num_envs * num_steps. [paper, table 3: minibatches of 64 samples]"""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, table 3]"""
     gae_lambda: float = 0.95
     """Decay of the advantage estimator, in [0, 1]. [paper, table 3; arXiv 2006.05990, sec. 3.4: 0.9]"""
     kl_coef: float = 1.0
-    """β of eq. 8 at the start; a resumed run that adapts it goes on from its own. [paper, sec. 4: not important, as it
-    adapts quickly]"""
+    """β of eq. 8 at the start, in [0, 10,000]; a resumed run that adapts it continues from its saved β. [paper, sec. 4:
+    not important, as it adapts quickly]"""
     adapt_kl_coef: bool = True
-    """Double or halve β after an iteration whose KL is far from target_kl; off: the fixed β of sec. 4,
-    kl_coef, whatever a resumed run had adapted it to."""
+    """Double β after an iteration whose KL is above 1.5 target_kl, halve it below target_kl / 1.5; off: β stays
+    kl_coef, whatever a resumed run had adapted it to. [paper, sec. 4]"""
     target_kl: float = 0.02
-    """d_targ of sec. 4, the mean KL that an iteration is to move the policy by. [paper, table 1: 0.003 to 0.03]"""
+    """d_targ of sec. 4, the mean KL in nats that an iteration is to reach. [paper, table 1: 0.003 to 0.03]"""
     value_coef: float = 0.5
-    """c1 of eq. 9, the weight of the value loss; actor and critic share only the gradient clipping. [CleanRL: 0.25]"""
+    """c1 of eq. 9, the weight of the value loss, the mean squared error; as Adam rescales and the networks are
+    separate, it acts through the joint gradient clipping. [SB3; OpenAI Baselines, CleanRL: 0.5 on half the square]"""
     entropy_coef: float = 0.0
     """c2 of eq. 9, the weight of the entropy bonus. [paper, sec. 6.1: none on MuJoCo]"""
     value_clip: float | None = None
-    """Clip the change of a value per iteration to this, as OpenAI Baselines do. [arXiv 2006.05990: no gain]"""
+    """Clip the change of a value per iteration to this, in units of scaled reward; None: not.
+    [OpenAI Baselines; arXiv 2006.05990: no gain]"""
     max_grad_norm: float = 0.5
-    """Scale a gradient whose norm is larger down to this. [OpenAI Baselines; arXiv 2006.05990, sec. 3.3]"""
+    """Scale a gradient of larger norm, over all parameters, down to this. [Baselines; arXiv 2006.05990, sec. 3.3]"""
     recompute_advantages: bool = True
     """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
     center_advantages: bool = True
@@ -138,11 +143,12 @@ class Args:
     """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
 
     run_dir: Path | None = None
-    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    """This run's own directory, one without a saved run; by default runs/<env>__<script>__<seed>__<time>."""
     checkpoint_interval: int = 10
     """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
     resume: Path | None = None
-    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    """Go on with the run in this directory, with its arguments except those given beside this one; env_id, seed and
+    what the networks are made of stay."""
     evaluate: Path | None = None
     """Only play the policy saved in this directory."""
     eval_episodes: int = 10

@@ -31,12 +31,12 @@ the set of policies whose mean KL divergence from the old one is at most `max_kl
 Papers: Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.05477, whose equation
 numbers these are; NPG is Kakade 2001; GAE is Schulman et al. 2016, arXiv 1506.02438.
 
-Where this file departs from the paper, each a field of `Args` with its reason: advantages by GAE with a
-learned critic (Adam on minibatches) instead of Monte Carlo sums, centred and normalised; damping of H; a
-floor under the policy's log-std; batches of 1,024 steps; two hidden layers; normalised observations, scaled
-rewards. Besides, a time limit is not a termination, and the environments are spread over the length of an
-episode (`Staggered`). The bound on the KL is one between two policies that see the same normalisation: what
-the statistics move between iterations comes on top, visibly so after the first one.
+Where this file departs from the paper, each a field of `Args` with its source or reason: advantages by
+GAE with a learned critic (Adam on minibatches) instead of Monte Carlo sums, centred and normalised;
+damping of H; a floor under the policy's log-std; batches of 1,024 steps; two hidden layers; normalised
+observations, scaled rewards. Besides, a time limit is not a termination, and the environments are spread
+over the length of an episode (`Staggered`). The bound on the KL holds between policies under the same
+normalisation; the change of its statistics between iterations adds to it, noticeably after the first one.
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
@@ -87,7 +87,8 @@ class Args:
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
-    """Environment steps of the whole run, all environments together; at most, as an iteration is never cut."""
+    """Environment steps of the whole run, all environments together, those before a resume included; rounded down to
+    whole iterations. [PPO paper, sec. 6.1: 1M]"""
     num_envs: int = 8
     """Environments stepped side by side. [OpenAI Baselines: MPI workers]"""
     num_steps: int = 128
@@ -99,52 +100,57 @@ class Args:
     num_threads: int = 1
     """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
     compile: bool = False
-    """Compile the critic's gradient with torch.compile: some seconds at the start, then faster updates."""
+    """Compile the critic's gradient with torch.compile: some seconds at the start, then faster updates; needs a C++
+    compiler and Python's header files."""
 
     hidden_size: int = 64
     """Width of the two hidden layers of actor and critic. [sb3-contrib; the paper, app. E: layers of 30 to 50]"""
     init_log_std: float = -0.5
-    """Start value of the log standard deviation of the actions. [arXiv 2006.05990, sec. 3.2: a std of about 0.5]"""
+    """Start value of the log standard deviation of the actions, in [-10, 10]. [arXiv 2006.05990, sec. 3.2: a std of
+    about 0.5]"""
     min_log_std: float = -2.0
-    """Least value of it: the trust region is measured in standard deviations, so where these become small the mean can
-    hardly move any more, and what such a policy gets wrong stays wrong. [benchmark/README.md]"""
+    """Floor of the actions' log standard deviation, in [-10, init_log_std]: the trust region is measured in standard
+    deviations, so where these become small the mean can hardly move any more, and what such a policy gets wrong stays
+    wrong. [benchmark/README.md]"""
     max_kl: float = 0.01
-    """Delta of eq. 14, the trust region: the mean KL that one update may move the policy by. [paper, app. E]"""
+    """Delta of eq. 14, the trust region: the mean KL in nats that one update may move the policy by. [paper, app. E]"""
     max_step_size: float | None = None
     """Take at most this many times the natural gradient, even where the trust region leaves room for more: of a solved
     task's advantages little is left but noise, and steps of full length forget the task. Means something with
-    --no-normalize-advantages only. [ACKTR, arXiv 1708.05144]"""
+    --no-normalize-advantages only; None: no limit. [ACKTR, arXiv 1708.05144; 3 to 30 are tried in
+    benchmark/README.md]"""
     line_search: bool = True
-    """Shorten the step until the surrogate rises within the trust region; off: natural policy gradient."""
+    """Shorten the step until the surrogate rises within the trust region; off: natural policy gradient, where
+    max_kl is the length of the step and no bound. [paper, app. C]"""
     backtrack_coef: float = 0.8
     """Alpha of the line search: each further try is this times as long. [Spinning Up]"""
     max_backtracks: int = 10
-    """Lengths that the line search tries before it gives the step up. [Spinning Up, OpenAI Baselines]"""
+    """Lengths that the line search tries, the full step first, before it gives the step up. [Spinning Up, OpenAI
+    Baselines]"""
     cg_iterations: int = 10
     """At most this many iterations of conjugate gradient. [paper, app. C.1: 10]"""
     cg_residual_tolerance: float = 1e-5
-    """Stop conjugate gradient at a residual of this times the norm of g, or of this itself where g is longer than 1.
-    [Baselines: 1e-10, squared]"""
+    """Stop conjugate gradient when ‖g - Hx‖ <= this * min(1, ‖g‖), in [0, 1]. [Baselines: 1e-10 for its square]"""
     cg_damping: float = 0.1
     """Added to the diagonal of H, so that it is positive definite where samples say nothing. [Baselines]"""
     fisher_subsample: int = 1
-    """Estimate H from every n-th sample only; the line search always takes all. Samples are counted through the
-    environments first: an n without a common factor with num_envs takes from all of them. [paper, app. C.1: 10%]"""
+    """Estimate H from every n-th sample only; the line search always takes all. Samples are ordered by step,
+    then by environment: an n without a common factor with num_envs draws from all of them. [paper, app. C.1: 10%]"""
     learning_rate: float = 1e-3
     """Step size of Adam at the start, for the critic; the policy's follows from max_kl. [OpenAI Baselines, Tianshou;
     Adam's ε, 1e-5: as in the PPO scripts]"""
     anneal_lr: bool = True
-    """Let the critic's learning rate fall linearly to 0 over the run."""
+    """Let the critic's learning rate fall linearly to 0 over the run. [as in the PPO scripts]"""
     critic_epochs: int = 10
     """Passes of the critic over the batch in one iteration. [sb3-contrib]"""
     num_minibatches: int = 16
-    """Gradient steps of the critic per pass."""
+    """Gradient steps of the critic per pass, a divisor of num_envs * num_steps. [benchmark/README.md: 16 beside 4]"""
     gamma: float = 0.99
     """Discount factor, in [0, 1]. [paper, app. E]"""
     gae_lambda: float = 0.9
     """Decay of the advantage estimator, in [0, 1]. [arXiv 2006.05990, sec. 3.4: 0.9; GAE paper: 0.92 to 0.99]"""
     recompute_advantages: bool = False
-    """Estimate the critic's targets anew before each of its epochs."""
+    """Estimate the critic's targets anew before each of its epochs; the policy's step is taken by then."""
     center_advantages: bool = True
     """Subtract the batch's mean from the advantages: what a critic that lags adds to all actions alike says nothing
     about any of them. [OpenAI Baselines]"""
@@ -158,11 +164,12 @@ class Args:
     """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
 
     run_dir: Path | None = None
-    """This run's own directory; by default runs/<env>__<script>__<seed>__<time>."""
+    """This run's own directory, one without a saved run; by default runs/<env>__<script>__<seed>__<time>."""
     checkpoint_interval: int = 10
     """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
     resume: Path | None = None
-    """Go on with the run in this directory, with its arguments except those given beside this one."""
+    """Go on with the run in this directory, with its arguments except those given beside this one; env_id, seed and
+    what the networks are made of stay."""
     evaluate: Path | None = None
     """Only play the policy saved in this directory."""
     eval_episodes: int = 10

@@ -34,7 +34,7 @@ TABLE_1 = {  # the rows of table1.py
 CHANGES = {  # what table1.py tries one at a time
     "observations": "observations normalised",
     "rewards": "rewards scaled",
-    "anneal": "step size falling to 0",
+    "anneal": "learning rate falling to 0",
     "recompute": "advantages anew before every epoch",
     "raw": "advantages as they are",
     "log_std": "log-std starting at -0.5",
@@ -59,7 +59,7 @@ OTHERS = {
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
     "ppo_atari": "PPO, Atari",
-    "ppo_atari_3M": "PPO, Atari, step size down to 0 at 3M steps",
+    "ppo_atari_3M": "PPO, Atari, learning rate down to 0 at 3M steps",
     "random": "random policy",
 }
 COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
@@ -150,23 +150,36 @@ def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple
     return "<br>".join(parts), verdict
 
 
+def beside_published(algorithm: str, env_id: str) -> tuple[str, str]:
+    """(text, verdict) of `cell`, for one algorithm on one task."""
+    best = PUBLISHED.get(env_id, {}).get(algorithm)
+    compared = "train_last_100" if (algorithm, env_id) in PUBLISHED_TRAINING else "evaluation_mean"
+    return cell(summary().get((algorithm, env_id), []), best, compared)
+
+
+def outcome() -> str:
+    """The verdicts of all tasks, one line an algorithm."""
+    lines = []
+    for algorithm, name in NAMES.items():
+        verdicts = {env_id: verdict for env_id in ORDER if (verdict := beside_published(algorithm, env_id)[1])}
+        good = sum(verdict in ("ahead of", "level with") for verdict in verdicts.values())
+        line = f"- **{name}**: ahead or level on {good} of {len(verdicts)} tasks"
+        for what, word in (("behind", "behind on"), ("undecided beside", "undecided on")):
+            if tasks := [env_id for env_id, verdict in verdicts.items() if verdict == what]:
+                line += f", {word} {' and '.join(tasks)}"
+        lines.append(line + ".")
+    return "\n".join(lines)
+
+
 def results_table() -> str:
     """One row a task; in a cell the last 100 training episodes and the deterministic evaluation, each the mean over
     seeds with its interval. What is measured as the best published figure was stands in bold, with the verdict."""
-    rows, verdicts = summary(), defaultdict(list)
+    rows = summary()
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
-        cells = []
-        for algorithm in NAMES:
-            best = PUBLISHED.get(env_id, {}).get(algorithm)
-            compared = "train_last_100" if (algorithm, env_id) in PUBLISHED_TRAINING else "evaluation_mean"
-            text, verdict = cell(rows.get((algorithm, env_id), []), best, compared)
-            cells.append(text)
-            verdicts[algorithm] += [verdict] if verdict else []
+        cells = [beside_published(algorithm, env_id)[0] for algorithm in NAMES]
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
-    counts = [f"{sum(v in ('ahead of', 'level with') for v in verdicts[a])} of {len(verdicts[a])}" for a in NAMES]
-    lines.append("| ahead or level | " + " | ".join(counts) + " |")
     for env_id, own, what in (
         ("Humanoid-v5", "bound", "`--target-kl 0.03`"),
         ("Swimmer-v5", "gamma", "`--gamma 0.9999`"),
@@ -251,7 +264,7 @@ def peers_table() -> str:
         times = [n / float(run["steps_per_second"]) for n, run in timed]
         seconds = f"{min(times):.0f} to {max(times):.0f} s; " if times else ""
         cells.append(f"{np.median(steps):,.0f} steps; {seconds}{reached}")
-    lines.append("| 3,000 on HalfCheetah-v5 after (median of steps; range of times) | " + " | ".join(cells) + " |")
+    lines.append("| HalfCheetah-v5 until 3,000 (median of steps; range of times) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -319,6 +332,7 @@ def time_table() -> str:
 
 
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
+    (ROOT / "README.md", "outcome"): outcome,
     (ROOT / "README.md", "results"): results_table,
     (ROOT / "README.md", "peers"): peers_table,
     (ROOT / "README.md", "Atari"): atari_table,

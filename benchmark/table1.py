@@ -7,7 +7,7 @@
     python benchmark/table1.py --no-run --changes      # clipping, from the paper's setting to ours, change by change
 
 Every row in two settings. "Ours" are the defaults of the scripts. "Paper" is its table 3 without anything that it does
-not mention: 2,048 steps an iteration, lambda 0.95, a constant step size, advantages once an iteration, no
+not mention: 2,048 steps an iteration, lambda 0.95, a constant learning rate, advantages once an iteration, no
 normalisation of observations, no scaling of rewards, no clipping of the gradient's norm. Where it is silent:
 advantages are normalised, as a beta means nothing beside advantages of arbitrary scale; the log-std starts at 0, the
 networks as ours.
