@@ -8,6 +8,7 @@ import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
+from test_scripts import scalars
 from torch.nn import functional as F
 
 import ppo_atari
@@ -101,6 +102,45 @@ def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
     assert len({row.numpy().tobytes() for row in rollout.obs[:, 0]}) > steps / 2  # each step its own frames
 
 
+def test_a_time_limit_ends_a_game_but_not_its_value():
+    """100 steps of 4 frames each, of which the last one's successor is the old game's, not the next one's."""
+    options = {"life_loss_info": True, "autoreset_mode": AutoresetMode.SAME_STEP, "reward_clipping": False}
+    vector = AtariVectorEnv("breakout", 2, max_num_frames_per_episode=400, **options)
+    finals, step = [], vector.step
+    vector.step = lambda actions: finals.append(step(actions)) or finals[-1]
+    envs = ppo_atari.FullGames(vector)
+    obs, _ = envs.reset(seed=5)
+    script = np.zeros((150, 2), dtype=np.int64)  # nothing is done: no ball, no life lost but perhaps the first
+    rollout, _, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, 150, 0)
+    (end,) = {step // 2 - 1 for step, _, _ in episodes}
+    assert len(episodes) == 2 and all(length == end + 1 for _, _, length in episodes)
+    assert rollout.dones[end].all() and not rollout.terminations[end].any()
+    successors = rollout.last_obs[rollout.dones[:end].sum() :][:2]
+    assert successors.equal(torch.as_tensor(np.stack(finals[end][-1]["final_obs"])))
+
+
+def test_an_evaluation_game_goes_on_after_a_lost_life():
+    env = ppo_atari.make_env("ALE/Breakout-v5")
+    _, info = env.reset(seed=0)
+    terminated = truncated = False
+    while info["lives"] == 5:  # FIRE at the start served the ball
+        *_, terminated, truncated, info = env.step(0)
+    assert info["lives"] == 4 and not terminated and not truncated
+
+
+def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(monkeypatch):
+    agent, calls = ppo_atari.Agent(*SPACES), []
+    obs, none = torch.zeros(16, 2, 4, 84, 84, dtype=torch.uint8), torch.zeros(16, 2, dtype=torch.bool)
+    rollout = ppo_atari.Rollout(obs, none.long(), *torch.zeros(3, 16, 2), none, none, obs[-1])
+    optimizer = torch.optim.SGD(agent.parameters(), lr=1e-3)
+    for far, epochs in ((0.02, 1), (0.01, 4)):
+        monkeypatch.setattr(ppo_atari, "approximate_kl", lambda *_, far=far: far)
+        gradient = lambda agent, parameters, *_: calls.append(0) or [torch.zeros_like(p) for p in parameters]  # noqa: E731
+        ppo_atari.update(agent, optimizer, rollout, ppo_atari.Args(target_kl=0.015), gradient)
+        assert len(calls) == 4 * epochs
+        calls.clear()
+
+
 def test_next_values_come_from_the_true_successors():
     """With advantages of one step (lambda 0) every target is r + gamma V(successor), game over or not."""
     args = small(env_id="ALE/Breakout-v5", gae_lambda=0.0, center_advantages=False, normalize_advantages=False)
@@ -169,6 +209,8 @@ def test_the_script_trains_resumes_evaluates_and_films(tmp_path, monkeypatch, ca
     assert ppo_atari.load_checkpoint(run_dir)["global_step"] == 64
     ppo_atari.main(["--resume", str(run_dir), "--total-timesteps", "128"])
     assert ppo_atari.load_checkpoint(run_dir)["global_step"] == 128
+    rates = [value for _, value in scalars(run_dir)["charts/learning_rate"]]  # down to 0 at 64 steps, then at 128
+    assert rates == pytest.approx([2.5e-4, 1.25e-4, 1.25e-4, 0.625e-4])
     capsys.readouterr()
     ppo_atari.main(["--evaluate", str(run_dir), "--capture-video"])
     assert "over 1 episodes" in capsys.readouterr().out
@@ -233,7 +275,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do(bfloat16):
 
 
 class Frames(gym.Env):
-    """100 steps of reward 1 for action 1, always with the same four frames."""
+    """100 steps of reward 5 for action 1, always with the same four frames."""
 
     observation_space, action_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(2)
     stack = np.arange(4, dtype=np.uint8).repeat(84 * 84).reshape(4, 84, 84)
@@ -244,7 +286,7 @@ class Frames(gym.Env):
 
     def step(self, action):
         self.t += 1
-        return self.stack, float(action), self.t == 100, False, {}
+        return self.stack, 5.0 * action, self.t == 100, False, {}
 
 
 def test_evaluation_samples_from_what_it_sees_and_leaves_the_random_state(monkeypatch):
@@ -260,17 +302,18 @@ def test_evaluation_samples_from_what_it_sees_and_leaves_the_random_state(monkey
     random = torch.get_rng_state()
     scores = ppo_atari.evaluate(agent, "", num_episodes=2, seed=1)
     assert torch.get_rng_state().equal(random)
-    assert 30 < scores[0] < 70 and scores[0] != scores[1] and (scores == ppo_atari.evaluate(agent, "", 2, 1)).all()
+    assert 150 < scores[0] < 350 and scores[0] != scores[1] and (scores == ppo_atari.evaluate(agent, "", 2, 1)).all()
 
 
-def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(recompute):
     torch.manual_seed(0)
     agent = ppo_atari.Agent(*SPACES)
     obs = torch.arange(32, dtype=torch.uint8).view(16, 2, 1, 1, 1).expand(16, 2, 4, 84, 84)
     none, seen = torch.zeros(16, 2, dtype=torch.bool), []
     log_probs, values, rewards = torch.randn(3, 16, 2)
     rollout = ppo_atari.Rollout(obs, torch.arange(32).view(16, 2) % 6, log_probs, values, rewards, none, none, obs[-1])
-    args = ppo_atari.Args(num_epochs=2, gamma=0.5)
+    args = ppo_atari.Args(num_epochs=2, gamma=0.5, recompute_advantages=recompute)
     advantages, returns = ppo_atari.estimate_advantages(agent, rollout, values.flatten(), args)
 
     def gradient(agent, parameters, minibatch, args):
@@ -279,12 +322,12 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy():
 
     ppo_atari.update(agent, torch.optim.SGD(agent.parameters(), lr=1e-3), rollout, args, gradient)
     assert len(seen) == 8
-    for epoch in (seen[:4], seen[4:]):
+    for epoch, anew in ((seen[:4], False), (seen[4:], recompute)):
         columns = [torch.cat(x) for x in zip(*epoch)]
         order = (columns[0][:, 0, 0, 0] * 255).argsort()
         expected = (rollout.actions, log_probs, advantages, returns, values)
-        for column, right in zip(columns[1:], expected):
-            assert column[order].equal(right.flatten())
+        for k, (column, right) in enumerate(zip(columns[1:], expected)):
+            assert column[order].equal(right.flatten()) != (anew and k in (2, 3))  # what the newest critic says
 
 
 def test_parameters_kept_fixed_and_those_that_the_loss_does_not_use_stay_and_the_others_learn():

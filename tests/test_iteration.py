@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_equation_9_and_its_norm_is_bounded(script, spac
         for parameter in agent.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     advantages, returns, old_values = torch.randn(3, 16)
-    options = {"value_coef": 0.7, "entropy_coef": 0.3}
+    options = {"value_coef": 0.7, "entropy_coef": 0.3, "value_clip": 0.1}
     new, ratio = agent.distribution(obs), (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()
     minibatch = [obs, actions, old_log_probs, advantages, returns, old_values]
     if script is ppo_kl_continuous:
@@ -116,7 +116,10 @@ def test_the_gradient_is_that_of_equation_9_and_its_norm_is_bounded(script, spac
         options["clip_coef"] = 0.05
         assert ((ratio - 1.0).abs() > 0.05).any()
         objective = torch.min(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages).mean()
-    loss = -objective + 0.7 * ((agent.value(obs) - returns) ** 2).mean() - 0.3 * new.entropy().mean()
+    values = agent.value(obs)
+    clipped = torch.max(torch.min(values, old_values + 0.1), old_values - 0.1)
+    value_loss = torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+    loss = -objective + 0.7 * value_loss - 0.3 * new.entropy().mean()
     parameters = list(agent.parameters())
     expected = torch.autograd.grad(loss, parameters)
     free = script.loss_gradient(agent, parameters, minibatch, script.Args(max_grad_norm=1e9, **options))
@@ -130,7 +133,7 @@ def test_the_gradient_is_that_of_equation_9_and_its_norm_is_bounded(script, spac
 
 @each
 @pytest.mark.parametrize("recompute", [False, True])
-def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, recompute):
+def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, recompute, monkeypatch):
     torch.manual_seed(0)
     agent = script.Agent(gym.spaces.Box(0, 1, (1,)), gym.spaces.Box(-1, 1, (2,)))
     obs, column = torch.arange(64.0).view(16, 4, 1) / 64, torch.randn(16, 4)
@@ -138,7 +141,10 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
     rollout = script.Rollout(obs, torch.randn(16, 4, 2), column, obs + 1.0, none, none)
     args = script.Args(num_minibatches=4, recompute_advantages=recompute, center_advantages=True)
     setattr(args, "critic_epochs" if script is trpo_continuous else "num_epochs", 2)
-    seen = []
+    seen, given, old = [], [], copy.deepcopy(agent)
+    if script is trpo_continuous:
+        step = script.update_policy
+        monkeypatch.setattr(script, "update_policy", lambda agent, *x: given.append(x) or step(agent, *x))
 
     def gradient(agent, parameters, minibatch, args):
         seen.append(minibatch)
@@ -146,18 +152,26 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
 
     advantages, returns, _ = script.estimate_advantages(agent, rollout, column, args)
     with torch.no_grad():
-        old_log_probs = agent.distribution(obs.flatten(0, 1)).log_prob(rollout.actions.flatten(0, 1))
-    script.update(agent, torch.optim.SGD(agent.parameters(), lr=0.01), rollout, column, args, gradient)
+        old_policy = old.distribution(obs.flatten(0, 1))
+        old_log_probs = old_policy.log_prob(rollout.actions.flatten(0, 1))
+    metrics = script.update(agent, torch.optim.SGD(agent.parameters(), lr=0.01), rollout, column, args, gradient)
     assert len(seen) == 8
     first, second = ([torch.cat(x) for x in zip(*seen[i : i + 4])] for i in (0, 4))
     first, second = ([x[epoch[0][:, 0].argsort()] for x in epoch] for epoch in (first, second))
     assert first[0].equal(obs.flatten(0, 1)) and second[0].equal(first[0])
     if script is trpo_continuous:
         torch.testing.assert_close(first[1], returns)
+        ((*batch, from_the_old_critic, _),) = given  # what the policy's one step is taken by
+        assert batch[0].equal(obs.flatten(0, 1)) and batch[1].equal(rollout.actions.flatten(0, 1))
+        assert from_the_old_critic.equal(advantages)
     else:
         assert first[1].equal(rollout.actions.flatten(0, 1)) and first[2].equal(old_log_probs)
         torch.testing.assert_close(first[-3], advantages)
         torch.testing.assert_close(first[-2], returns)
+    if script is ppo_kl_continuous:
+        assert first[3].equal(old_policy.mean) and first[4].equal(old_policy.stddev)
+        moved = torch.distributions.kl_divergence(old_policy, agent.distribution(obs.flatten(0, 1))).mean()
+        assert metrics["losses/kl"] == pytest.approx(float(moved.detach()), rel=1e-3) and moved > 1e-4
     new = {-1} if script is trpo_continuous else {-3, -2}  # what the newest critic says anew
     for k in range(-len(first), 0):
         assert first[k].equal(second[k]) != (recompute and k in new)

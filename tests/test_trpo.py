@@ -301,6 +301,15 @@ def test_an_impossible_update_is_skipped_with_its_reason_and_the_policy_stays_bi
     assert all(math.isfinite(value) for value in metrics.values() if spoil in (zero_advantages, lying_hessian))
 
 
+def test_a_full_step_to_a_policy_that_is_not_finite_is_not_taken(monkeypatch):
+    """Of natural policy gradient, which has no line search to reject it."""
+    agent, obs, actions, advantages = learnable_batch()
+    theta = theta_of(agent)
+    monkeypatch.setattr(trpo, "full_step", lambda x, *_: torch.full_like(x, 1e30))
+    _, skipped = trpo.update_policy(agent, obs, actions, advantages, trpo.Args(line_search=False))
+    assert "not finite" in skipped and theta_of(agent).equal(theta)
+
+
 def test_a_failed_line_search_leaves_the_policy_bit_for_bit():
     agent, obs, actions, advantages = learnable_batch()
     theta = theta_of(agent)
