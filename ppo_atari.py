@@ -23,10 +23,11 @@ stay bytes until they reach the network.
 
 Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation numbers
 below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438, the network that of Mnih et al. 2015.
-The games follow the literature's protocol: every fourth frame, the pixelwise maximum of the last two,
-84 x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once at the start of a
-game that has it, at most 108,000 frames. A lost life ends the learning episode, the game goes on. Rewards
-are learned from by their sign. Reported returns are raw scores of full games.
+The games follow the literature's protocol: every fourth frame, the pixelwise maximum of the last two, 84
+x 84 in grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once at the start of a
+game that has it (not after a lost life, as OpenAI Baselines and CleanRL do), at most 108,000 frames. A
+lost life ends the learning episode, the game goes on. Rewards are learned from by their sign. Reported
+returns are raw scores of full games.
 
 Where this file departs from the paper, each a field of `Args` with its source or reason: 4 epochs, value
 weight 0.25 (CleanRL's 0.5 on half the square), a clip range that stays, the gradient's norm clipped,

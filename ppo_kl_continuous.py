@@ -307,8 +307,8 @@ def gaussian_kl(old: Distribution, new: Distribution) -> torch.Tensor:
 def kl_penalized_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_coef: float | torch.Tensor
 ) -> torch.Tensor:
-    """L^KLPEN of each sample (eq. 8), to be maximised; ratio = π(a|s) / π_old(a|s) and kl = KL(π_old(·|s) ‖ π(·|s)),
-    all [batch]; kl_coef is β.
+    """L^KLPEN of each sample (eq. 8; eq. 5 where β is fixed), to be maximised; ratio = π(a|s) / π_old(a|s) and
+    kl = KL(π_old(·|s) ‖ π(·|s)), all [batch]; kl_coef is β.
 
     At the old policy the KL and its gradient are 0, so the first step is that of the bare surrogate: the
     penalty acts through its curvature, β times the Fisher matrix, once the policy has moved.
