@@ -1,5 +1,7 @@
 """The Atari script: lives and games told apart, raw scores, the same pixels in training and evaluation, a run of it."""
 
+import os
+import signal
 from unittest import mock
 
 import gymnasium as gym
@@ -90,8 +92,12 @@ def test_the_rollout_holds_the_true_successors_and_no_shared_buffers():
     script = np.random.default_rng(1).integers(0, 4, (steps, args.num_envs))
     envs = ppo_atari.make_envs(args)
     obs, _ = envs.reset(seed=5)
-    first = obs.copy()
-    rollout, last, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
+    first, agent = obs.copy(), Scripted(envs, script)
+    rollout, last, episodes = ppo_atari.collect(envs, agent, obs, steps, 0)
+    policy = agent.distribution(rollout.obs.flatten(0, 1))
+    torch.testing.assert_close(rollout.values.flatten(), agent.value(rollout.obs.flatten(0, 1)), rtol=0, atol=1e-5)
+    log_probs = policy.log_prob(rollout.actions.flatten())
+    torch.testing.assert_close(rollout.log_probs.flatten(), log_probs, rtol=0, atol=1e-5)
     assert rollout.obs.dtype == torch.uint8 and rollout.obs[0].equal(torch.as_tensor(first))
     ended = int(rollout.dones[:-1].sum())
     assert ended > 0 and len(rollout.last_obs) == ended + args.num_envs == int(rollout.ends.sum())
@@ -212,10 +218,45 @@ def test_the_script_trains_resumes_evaluates_and_films(tmp_path, monkeypatch, ca
     rates = [value for _, value in scalars(run_dir)["charts/learning_rate"]]  # down to 0 at 64 steps, then at 128
     assert rates == pytest.approx([2.5e-4, 1.25e-4, 1.25e-4, 0.625e-4])
     capsys.readouterr()
+    played, report = [], ppo_atari.report_evaluation
+    monkeypatch.setattr(ppo_atari, "report_evaluation", lambda agent, *x: played.append(agent) or report(agent, *x))
     ppo_atari.main(["--evaluate", str(run_dir), "--capture-video"])
+    saved = ppo_atari.load_checkpoint(run_dir)["agent"]
+    assert all(value.equal(saved[name]) for name, value in played[0].state_dict().items())
     assert "over 1 episodes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ppo_atari.main(["--evaluate", str(run_dir), "--env-id", "ALE/Pong-v5"])
+    assert "has 'ALE/Breakout-v5', which stays" in capsys.readouterr().err
     (video,) = (run_dir / "videos").glob("*.mp4")
     assert video.read_bytes()[4:8] == b"ftyp"
+
+
+def test_the_same_seed_gives_the_same_run_and_iterations_follow_each_other(tmp_path, monkeypatch):
+    calls, collect = [], ppo_atari.collect
+
+    def spy(envs, agent, obs, num_steps, global_step):
+        result = collect(envs, agent, obs, num_steps, global_step)
+        calls.append((obs, global_step, result[1]))
+        return result
+
+    monkeypatch.setattr(ppo_atari, "collect", spy)
+    monkeypatch.setattr(ppo_atari, "report_evaluation", lambda *_: None)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ppo_atari.train(small(env_id="ALE/Breakout-v5", num_threads=1, seed=seed, run_dir=tmp_path / name))
+    agents = [ppo_atari.load_checkpoint(tmp_path / name)["agent"]["trunk.0.weight"] for name in "abc"]
+    assert agents[0].equal(agents[1]) and not agents[0].equal(agents[2])
+    assert [step for _, step, _ in calls] == [0, 32] * 3
+    assert all(np.array_equal(then, obs) for (*_, then), (obs, *_) in zip(calls[::2], calls[1::2]))
+
+
+def test_a_signal_ends_the_run_after_its_iteration(tmp_path, monkeypatch, capsys):
+    update = ppo_atari.update
+    monkeypatch.setattr(ppo_atari, "update", lambda *x: os.kill(os.getpid(), signal.SIGTERM) or update(*x))
+    monkeypatch.setattr(ppo_atari, "report_evaluation", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        ppo_atari.train(small(env_id="ALE/Breakout-v5", run_dir=tmp_path / "a"))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert ppo_atari.load_checkpoint(tmp_path / "a")["global_step"] == 32
 
 
 @pytest.mark.parametrize(
@@ -320,8 +361,11 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(recompute):
         seen.append(minibatch)
         return [torch.ones_like(p) for p in parameters]
 
+    before = [p.detach().clone() for p in agent.parameters()]
     ppo_atari.update(agent, torch.optim.SGD(agent.parameters(), lr=1e-3), rollout, args, gradient)
     assert len(seen) == 8
+    for new, old in zip(agent.parameters(), before):  # a step a minibatch
+        torch.testing.assert_close(new, old - 8e-3, rtol=0.0, atol=1e-6)
     for epoch, anew in ((seen[:4], False), (seen[4:], recompute)):
         columns = [torch.cat(x) for x in zip(*epoch)]
         order = (columns[0][:, 0, 0, 0] * 255).argsort()

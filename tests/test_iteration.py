@@ -156,6 +156,9 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
         old_log_probs = old_policy.log_prob(rollout.actions.flatten(0, 1))
     metrics = script.update(agent, torch.optim.SGD(agent.parameters(), lr=0.01), rollout, column, args, gradient)
     assert len(seen) == 8
+    learner = "critic" if script is trpo_continuous else "actor_mean"  # a step a minibatch, each of 0.01
+    for new, parameter in zip(getattr(agent, learner).parameters(), getattr(old, learner).parameters()):
+        torch.testing.assert_close(new, parameter - 0.08)
     first, second = ([torch.cat(x) for x in zip(*seen[i : i + 4])] for i in (0, 4))
     first, second = ([x[epoch[0][:, 0].argsort()] for x in epoch] for epoch in (first, second))
     assert first[0].equal(obs.flatten(0, 1)) and second[0].equal(first[0])

@@ -51,11 +51,11 @@ def test_every_ratio_is_exactly_1_before_the_first_gradient_step(monkeypatch, tm
     assert all((ratio == 1.0).all() for ratio in first_ratios)
 
 
-def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(monkeypatch, tmp_path):
+@pytest.mark.parametrize("target_kl, epochs", [(1e-9, 1), (1e9, 3)])
+def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(target_kl, epochs, monkeypatch, tmp_path):
     calls = []
     original = ppo.loss_gradient
     monkeypatch.setattr(ppo, "loss_gradient", lambda *x: calls.append(1) or original(*x))
-    ppo.train(
-        ppo.Args(env_id="Pendulum-v1", total_timesteps=2048, target_kl=1e-9, run_dir=tmp_path / "run", eval_episodes=1)
-    )
-    assert len(calls) == 32  # one epoch of ten
+    options = {"num_epochs": 3, "eval_episodes": 1, "run_dir": tmp_path / "run"}
+    ppo.train(ppo.Args(env_id="Pendulum-v1", total_timesteps=2048, target_kl=target_kl, **options))
+    assert len(calls) == 32 * epochs

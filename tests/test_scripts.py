@@ -130,6 +130,10 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path, capsy
     # Environment i cuts an episode at 50 i steps and then plays 200 at a time, anew after the resume.
     whole = sum((2 * 256 - 50 * i) // 200 for i in range(4))
     assert len(logged["charts/episodic_return"]) == 2 * whole
+    ends = sorted(4 * t for i in range(4) for t in range(50 * i + 200, 513, 200))
+    assert [step for step, _ in logged["charts/episodic_return"]] == ends + [2 * batch + end for end in ends]
+    assert all(value < 0.0 for _, value in logged["charts/episodic_return"])
+    assert all(value == 200 for _, value in logged["charts/episodic_length"])
 
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     script.main(["--evaluate", str(run_dir), "--eval-episodes", "3"])
@@ -599,11 +603,67 @@ def test_a_signal_in_the_last_iteration_points_to_the_evaluation(script, batch, 
         return original(*arguments)
 
     monkeypatch.setattr(script, "update", stopped)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_status:
         script.train(quick(script, tmp_path / "a", total_timesteps=batch))
     assert exit_status.value.code == 128 + signal.SIGTERM
     assert f"go on with --evaluate {tmp_path / 'a'}" in capsys.readouterr().out
     script.main(["--evaluate", str(tmp_path / "a"), "--eval-episodes", "1"])
+    assert signal.getsignal(signal.SIGTERM) == before  # the program around it has its own again
+
+
+@pytest.mark.parametrize("times, step", [(1, 1), (2, 0)])
+def test_a_signal_ends_the_run_after_its_iteration_and_a_second_one_at_once(
+    script, batch, times, step, tmp_path, monkeypatch, capsys
+):
+    original = script.update
+
+    def stopped(*arguments):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(script, "update", stopped)
+    with pytest.raises(SystemExit) as exit_status:
+        script.train(quick(script, tmp_path / "a", total_timesteps=3 * batch))
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    assert script.load_checkpoint(tmp_path / "a")["global_step"] == step * batch
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_an_iteration_goes_on_where_the_last_one_ended_and_scales_rewards_as_asked(
+    script, batch, scale, tmp_path, monkeypatch
+):
+    calls, raw, saved, seen = [], [], [], []
+    collect, update, save_checkpoint = script.collect, script.update, script.save_checkpoint
+
+    def spy_on_collect(envs, agent, obs, num_steps, global_step):
+        result = collect(envs, agent, obs, num_steps, global_step)
+        calls.append((obs, global_step, result[1]))
+        seen.append(result[0].obs.flatten(0, 1).double())
+        return result
+
+    def spy_on_update(agent, optimizer, rollout, rewards, *rest):
+        raw.append(rewards.equal(rollout.rewards))
+        return update(agent, optimizer, rollout, rewards, *rest)
+
+    monkeypatch.setattr(script, "collect", spy_on_collect)
+    monkeypatch.setattr(script, "update", spy_on_update)
+    monkeypatch.setattr(script, "save_checkpoint", lambda *x, **y: saved.append(y) or save_checkpoint(*x, **y))
+    script.train(quick(script, tmp_path / "a", total_timesteps=5 * batch, checkpoint_interval=2, scale_rewards=scale))
+    assert [step for _, step, _ in calls] == [i * batch for i in range(5)]
+    assert all(np.array_equal(then, obs) for (*_, then), (obs, *_) in zip(calls, calls[1:]))
+    assert raw == [not scale] * 5
+    assert [counters["global_step"] // batch for counters in saved] == [0, 2, 4, 5]  # first, when due, and at the end
+    statistics = script.load_checkpoint(tmp_path / "a")["agent"]  # of what the policy has seen, and of nothing else
+    torch.testing.assert_close(statistics["obs_stats.mean"], torch.cat(seen).mean(0))
+    torch.testing.assert_close(statistics["obs_stats.var"], torch.cat(seen).var(0, correction=0))
+
+
+def test_evaluation_episodes_differ(script):
+    env = script.make_env("Pendulum-v1")
+    returns = script.evaluate(script.Agent(env.observation_space, env.action_space), "Pendulum-v1", 2, seed=1)
+    assert returns[0] != returns[1]
 
 
 def another_pendulum(self, **kwargs):

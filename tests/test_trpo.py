@@ -325,11 +325,24 @@ def test_the_update_solves_for_the_damped_curvature_of_the_subsample(monkeypatch
     old, original = copy.deepcopy(agent), trpo.full_step
     hessian = trpo.fisher_vector_product(old.distribution(obs[::4]), old.actor_parameters(), 0.5)
     monkeypatch.setattr(trpo, "full_step", lambda *x: calls.append(x) or original(*x))
-    args = trpo.Args(fisher_subsample=4, cg_damping=0.5, max_kl=0.02, max_step_size=0.3)
+    solver, limits = trpo.conjugate_gradient, []
+    monkeypatch.setattr(trpo, "conjugate_gradient", lambda matvec, g, *x: limits.append(x) or solver(matvec, g, *x))
+    options = {"cg_iterations": 7, "cg_residual_tolerance": 1e-3}
+    args = trpo.Args(fisher_subsample=4, cg_damping=0.5, max_kl=0.02, max_step_size=0.3, **options)
     trpo.update_policy(agent, obs, actions, advantages - advantages.mean(), args)
     ((x, hessian_x, *bounds),) = calls
     torch.testing.assert_close(hessian_x, hessian(x))
-    assert bounds == [0.02, 0.3]
+    assert bounds == [0.02, 0.3] and limits == [(7, 1e-3)]
+
+
+def test_the_improvement_is_that_over_the_old_policy():
+    """Also where the advantages are not centred, so that the old surrogate is not 0."""
+    agent, obs, actions, advantages = learnable_batch()
+    old = copy.deepcopy(agent)
+    metrics, skipped = trpo.update_policy(agent, obs, actions, advantages + 3.0, trpo.Args())
+    ratio = (agent.distribution(obs).log_prob(actions) - old.distribution(obs).log_prob(actions)).exp()
+    gain = ((ratio - 1.0) * (advantages + 3.0)).mean()
+    assert not skipped and metrics["losses/surrogate_improvement"] == pytest.approx(float(gain.detach()), abs=1e-5)
 
 
 def test_mean_kl_goes_from_the_old_to_the_new_policy():
