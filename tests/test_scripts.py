@@ -614,9 +614,10 @@ def test_a_signal_in_the_last_iteration_points_to_the_evaluation(script, batch, 
 
 @pytest.mark.parametrize("times, step", [(1, 1), (2, 0)])
 def test_a_signal_ends_the_run_after_its_iteration_and_a_second_one_at_once(
-    script, batch, times, step, tmp_path, monkeypatch, capsys
+    script, times, step, tmp_path, monkeypatch, capsys
 ):
-    original = script.update
+    original, batch = script.update, 128
+    sizes = {"num_envs": 2, "num_steps": 64, "num_minibatches": 4}
 
     def stopped(*arguments):
         for _ in range(times):
@@ -625,16 +626,17 @@ def test_a_signal_ends_the_run_after_its_iteration_and_a_second_one_at_once(
 
     monkeypatch.setattr(script, "update", stopped)
     with pytest.raises(SystemExit) as exit_status:
-        script.train(quick(script, tmp_path / "a", total_timesteps=3 * batch))
+        script.train(quick(script, tmp_path / "a", total_timesteps=3 * batch, **sizes))
     assert exit_status.value.code == 128 + signal.SIGTERM
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == step * batch
 
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_an_iteration_goes_on_where_the_last_one_ended_and_scales_rewards_as_asked(
-    script, batch, scale, tmp_path, monkeypatch
+    script, scale, tmp_path, monkeypatch
 ):
     calls, raw, saved, seen = [], [], [], []
+    batch, sizes = 128, {"num_envs": 2, "num_steps": 64, "num_minibatches": 4}
     collect, update, save_checkpoint = script.collect, script.update, script.save_checkpoint
 
     def spy_on_collect(envs, agent, obs, num_steps, global_step):
@@ -650,7 +652,9 @@ def test_an_iteration_goes_on_where_the_last_one_ended_and_scales_rewards_as_ask
     monkeypatch.setattr(script, "collect", spy_on_collect)
     monkeypatch.setattr(script, "update", spy_on_update)
     monkeypatch.setattr(script, "save_checkpoint", lambda *x, **y: saved.append(y) or save_checkpoint(*x, **y))
-    script.train(quick(script, tmp_path / "a", total_timesteps=5 * batch, checkpoint_interval=2, scale_rewards=scale))
+    script.train(
+        quick(script, tmp_path / "a", total_timesteps=5 * batch, checkpoint_interval=2, scale_rewards=scale, **sizes)
+    )
     assert [step for _, step, _ in calls] == [i * batch for i in range(5)]
     assert all(np.array_equal(then, obs) for (*_, then), (obs, *_) in zip(calls, calls[1:]))
     assert raw == [not scale] * 5
