@@ -32,8 +32,7 @@ returns are raw scores of full games.
 Where this file departs from the paper, each a field of `Args` with its source or reason: 4 epochs, value
 weight 0.25 (CleanRL's 0.5 on half the square), a clip range that stays, the gradient's norm clipped,
 advantages normalised (all as CleanRL, which normalises each minibatch instead of the batch). The network
-is that of Mnih et al. 2015, as CleanRL and Baselines have it, where the paper cites a smaller one of
-2016.
+is larger than that of 2016 which the paper cites, as in CleanRL and Baselines.
 
     python ppo_atari.py --env-id ALE/Pong-v5 --total-timesteps 3000000
     python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000
@@ -86,7 +85,7 @@ class Args:
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 10_000_000
     """Environment steps of the whole run, of 4 frames each, all environments together, those before a resume included;
-    rounded down to whole iterations. [paper, sec. 6.4: 40M frames]"""
+    rounded down to whole iterations. [paper, app. B: 40M frames]"""
     num_envs: int = 8
     """Environments stepped side by side. [paper, table 5]"""
     num_steps: int = 128
@@ -96,8 +95,8 @@ class Args:
     evaluation. [Machado et al. 2018: 0.25; earlier papers: 0]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network lives; auto is the GPU where there is one."""
-    num_threads: int = os.cpu_count() or 1
-    """CPU threads of PyTorch and of the emulators; by default one a core."""
+    num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU threads of PyTorch and of the emulators; by default one for each core that this process may use."""
     bfloat16: bool = torch.backends.mkldnn.is_available() and any(
         torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
     )
@@ -142,6 +141,7 @@ class Args:
     about any of them. [OpenAI Baselines]"""
     normalize_advantages: bool = True
     """Divide the batch's advantages by their standard deviation. [OpenAI Baselines]"""
+
     run_dir: Path | None = None
     """This run's own directory, one without a saved run; by default runs/<env>__<script>__<seed>__<time>."""
     checkpoint_interval: int = 10
@@ -320,7 +320,7 @@ class Rollout(NamedTuple):
 def collect(
     envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
 ) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
-    """Run the policy for num_steps in every environment, from obs [num_envs, 4, 84, 84] on.
+    """Run the policy for num_steps in each of envs (made by make_envs), from obs [num_envs, 4, 84, 84] on.
 
     The critic runs along, as it shares the trunk's pass with the actor. Returns (rollout, the observations
     to go on from, the finished games as (step, score, length)).
@@ -408,8 +408,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
             with torch.no_grad():
                 advantages, returns = estimate_advantages(agent, rollout, agent.value(obs), args)
         for rows in torch.randperm(len(obs), device=obs.device).split(minibatch_size):
-            minibatch = [images.index_select(0, rows).permute(0, 3, 1, 2)]
-            minibatch += [x[rows] for x in (actions, old_log_probs, advantages, returns, old_values)]
+            pixels = images.index_select(0, rows).permute(0, 3, 1, 2)
+            minibatch = (pixels, *(x[rows] for x in (actions, old_log_probs, advantages, returns, old_values)))
             for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
                 parameter.grad = grad
             optimizer.step()
@@ -440,17 +440,19 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
-    still good.
+    still good. Ctrl-C and SIGTERM end it with SystemExit, the checkpoint saved.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "20000000"])), which
     takes all other arguments from the run.
     """
+    if args.evaluate:
+        raise RefusedError(f"evaluate: {args.evaluate} was given to train; main(['--evaluate', RUN_DIR]) plays it")
     check_args(args)
+    make_env(args.env_id).close()  # what only the evaluation needs is missed now rather than after the training
     envs = make_envs(args)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.bfloat16)
-    agent.to(device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.bfloat16).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
     gradient = torch.compile(loss_gradient) if args.compile else loss_gradient
@@ -559,10 +561,10 @@ def make_env(
         env = gym.make(
             env_id, frameskip=1, repeat_action_probability=repeat_action_probability, render_mode=render_mode
         )
+        noop_max = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon, VideoCheckers: none
+        env = gym.wrappers.AtariPreprocessing(FireReset(env), noop_max, frame_skip=4, screen_size=84)
     except gym.error.Error as error:
         raise RefusedError(f"env_id: {env_id!r} cannot be made ({error})") from error
-    noop_max = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0  # Backgammon and VideoCheckers have none
-    env = gym.wrappers.AtariPreprocessing(FireReset(env), noop_max, frame_skip=4, screen_size=84)
     if video_dir:  # one picture a step: a game of 108,000 frames must fit into memory
         env = gym.wrappers.RecordVideo(env, str(video_dir), lambda i: i == 0, fps=15, disable_logger=True)
     return gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -689,12 +691,14 @@ class Run:
 
     def __exit__(self, error, *_) -> None:
         """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
-        if error is None:
-            self.save()
-        self.bar.close()
-        self.writer.close()
-        for signal_number, handler in self.old_handlers.items():
-            signal.signal(signal_number, handler)
+        try:
+            if error is None:
+                self.save()
+        finally:  # also where the disk is full
+            self.bar.close()
+            for signal_number, handler in self.old_handlers.items():
+                signal.signal(signal_number, handler)
+            self.writer.close()
         if self.recent_returns and error is None:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
@@ -713,11 +717,11 @@ def free_run_dir(args: Args) -> Path:
         try:
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:  # asked by trying, as two runs may ask at once
-            number += 1
-            run_dir = Path("runs") / f"{name}-{number}"
         except OSError as error:
-            raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            if not os.path.exists(run_dir):
+                raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            number += 1  # asked by trying, as two runs may ask at once
+            run_dir = Path("runs") / f"{name}-{number}"
 
 
 def plain(args: Args) -> dict:
@@ -796,11 +800,11 @@ def check_args(args: Args) -> None:
         value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
             check(field.name, value in types, f"one of {', '.join(types)}")
-        else:  # an int will do for a float and text for a path; to Python True is an int too, but nobody means it
-            accepted = types + (int,) * (float in types) + (str,) * (Path in types)
-            right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
+        else:  # an int will do for a float and text for a path, but no subclass: not True for 1, and not np.float64,
+            # with which no checkpoint could be loaded
+            accepted = types + (int,) * (float in types) + (str, type(Path())) * (Path in types)
             names = " or ".join(t.__name__ for t in types)
-            check(field.name, right_type, f"of type {names}, not {type(value).__name__}")
+            check(field.name, type(value) in accepted, f"of type {names}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")

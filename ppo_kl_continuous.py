@@ -80,7 +80,7 @@ class Args:
     """Environment steps of the whole run, all environments together, those before a resume included; rounded down to
     whole iterations. [paper, sec. 6.1: 1M]"""
     num_envs: int = 8
-    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper's MuJoCo runs use 1]"""
+    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper says nothing]"""
     num_steps: int = 256
     """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
     vectorization: Literal["sync", "async"] = "sync"
@@ -360,7 +360,7 @@ class Rollout(NamedTuple):
 def collect(
     envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
 ) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
-    """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
+    """Run the policy for num_steps in each of envs (made by make_envs), from obs [num_envs, obs_size] on.
 
     Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
     Raises FloatingPointError at the first NaN or infinity that an environment returns.
@@ -417,7 +417,7 @@ def estimate_advantages(
 def loss_gradient(
     agent: Agent, parameters: list[nn.Parameter], minibatch: tuple[torch.Tensor, ...], args: Args
 ) -> list[torch.Tensor]:
-    """Gradient of eq. 9 with eq. 8 for its first term, over one minibatch, one tensor a parameter, its norm clipped."""
+    """Gradient of minus eq. 9, its first term eq. 8, over one minibatch, one tensor a parameter, its norm clipped."""
     obs, actions, old_log_probs, old_means, old_stds, advantages, returns, old_values = minibatch
     distribution = agent.distribution(obs)
     ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
@@ -487,10 +487,12 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
-    still good.
+    still good. Ctrl-C and SIGTERM end it with SystemExit, the checkpoint saved.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
     takes all other arguments from the run.
     """
+    if args.evaluate:
+        raise RefusedError(f"evaluate: {args.evaluate} was given to train; main(['--evaluate', RUN_DIR]) plays it")
     check_args(args)
     envs = make_envs(args)
     torch.manual_seed(args.seed)
@@ -720,12 +722,14 @@ class Run:
 
     def __exit__(self, error, *_) -> None:
         """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
-        if error is None:
-            self.save()
-        self.bar.close()
-        self.writer.close()
-        for signal_number, handler in self.old_handlers.items():
-            signal.signal(signal_number, handler)
+        try:
+            if error is None:
+                self.save()
+        finally:  # also where the disk is full
+            self.bar.close()
+            for signal_number, handler in self.old_handlers.items():
+                signal.signal(signal_number, handler)
+            self.writer.close()
         if self.recent_returns and error is None:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
@@ -744,11 +748,11 @@ def free_run_dir(args: Args) -> Path:
         try:
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:  # asked by trying, as two runs may ask at once
-            number += 1
-            run_dir = Path("runs") / f"{name}-{number}"
         except OSError as error:
-            raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            if not os.path.exists(run_dir):
+                raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            number += 1  # asked by trying, as two runs may ask at once
+            run_dir = Path("runs") / f"{name}-{number}"
 
 
 def plain(args: Args) -> dict:
@@ -827,11 +831,11 @@ def check_args(args: Args) -> None:
         value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
             check(field.name, value in types, f"one of {', '.join(types)}")
-        else:  # an int will do for a float and text for a path; to Python True is an int too, but nobody means it
-            accepted = types + (int,) * (float in types) + (str,) * (Path in types)
-            right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
+        else:  # an int will do for a float and text for a path, but no subclass: not True for 1, and not np.float64,
+            # with which no checkpoint could be loaded
+            accepted = types + (int,) * (float in types) + (str, type(Path())) * (Path in types)
             names = " or ".join(t.__name__ for t in types)
-            check(field.name, right_type, f"of type {names}, not {type(value).__name__}")
+            check(field.name, type(value) in accepted, f"of type {names}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")

@@ -465,7 +465,7 @@ class Rollout(NamedTuple):
 def collect(
     envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
 ) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
-    """Run the policy for num_steps in every environment, from obs [num_envs, obs_size] on.
+    """Run the policy for num_steps in each of envs (made by make_envs), from obs [num_envs, obs_size] on.
 
     Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
     Raises FloatingPointError at the first NaN or infinity that an environment returns.
@@ -536,7 +536,7 @@ def update_policy(
     """Steps 3 to 6 of the algorithm for a batch of obs [batch, obs_size], actions [batch, action_size] and
     advantages [batch]. Returns (scalars for the log, why the update was skipped or ""). A skipped update
     leaves the policy bit for bit as it was."""
-    parameters = list(agent.actor_parameters())
+    parameters = agent.actor_parameters()
     theta_old = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         old = agent.distribution(obs)
@@ -646,10 +646,12 @@ def train(args: Args) -> Path:
 
     Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
     FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
-    still good.
+    still good. Ctrl-C and SIGTERM end it with SystemExit, the checkpoint saved.
     Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
     takes all other arguments from the run.
     """
+    if args.evaluate:
+        raise RefusedError(f"evaluate: {args.evaluate} was given to train; main(['--evaluate', RUN_DIR]) plays it")
     check_args(args)
     if args.min_log_std > args.init_log_std and not args.resume:  # a saved policy may be below a new floor
         raise RefusedError(f"min_log_std: {args.min_log_std} must be at most init_log_std, {args.init_log_std}")
@@ -878,12 +880,14 @@ class Run:
 
     def __exit__(self, error, *_) -> None:
         """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
-        if error is None:
-            self.save()
-        self.bar.close()
-        self.writer.close()
-        for signal_number, handler in self.old_handlers.items():
-            signal.signal(signal_number, handler)
+        try:
+            if error is None:
+                self.save()
+        finally:  # also where the disk is full
+            self.bar.close()
+            for signal_number, handler in self.old_handlers.items():
+                signal.signal(signal_number, handler)
+            self.writer.close()
         if self.recent_returns and error is None:
             recent = np.array(self.recent_returns)
             print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
@@ -902,11 +906,11 @@ def free_run_dir(args: Args) -> Path:
         try:
             run_dir.mkdir(parents=True)
             return run_dir
-        except FileExistsError:  # asked by trying, as two runs may ask at once
-            number += 1
-            run_dir = Path("runs") / f"{name}-{number}"
         except OSError as error:
-            raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            if not os.path.exists(run_dir):
+                raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+            number += 1  # asked by trying, as two runs may ask at once
+            run_dir = Path("runs") / f"{name}-{number}"
 
 
 def plain(args: Args) -> dict:
@@ -985,11 +989,11 @@ def check_args(args: Args) -> None:
         value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
         if get_origin(field.type) is Literal:
             check(field.name, value in types, f"one of {', '.join(types)}")
-        else:  # an int will do for a float and text for a path; to Python True is an int too, but nobody means it
-            accepted = types + (int,) * (float in types) + (str,) * (Path in types)
-            right_type = isinstance(value, accepted) and (bool in types or not isinstance(value, bool))
+        else:  # an int will do for a float and text for a path, but no subclass: not True for 1, and not np.float64,
+            # with which no checkpoint could be loaded
+            accepted = types + (int,) * (float in types) + (str, type(Path())) * (Path in types)
             names = " or ".join(t.__name__ for t in types)
-            check(field.name, right_type, f"of type {names}, not {type(value).__name__}")
+            check(field.name, type(value) in accepted, f"of type {names}, not {type(value).__name__}")
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from unittest import mock
 
 import gymnasium as gym
@@ -274,6 +275,15 @@ def test_what_is_no_game_is_refused_with_what_would_fit(env_id, message, tmp_pat
     with pytest.raises(SystemExit) as stopped:
         ppo_atari.main(["--env-id", env_id])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_evaluation_lacks_is_refused_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "cv2", None)  # the training itself does without it
+    with pytest.raises(SystemExit) as stopped:
+        ppo_atari.main([])
+    assert stopped.value.code == 2 and "opencv" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -400,6 +400,13 @@ def test_runs_of_the_same_second_have_directories_of_their_own(script, tmp_path,
     assert names == [first, f"{first}-2", f"{first}-3"]
 
 
+def test_a_directory_for_runs_that_leads_nowhere_is_refused(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("not mounted")
+    with pytest.raises(script.RefusedError, match="run_dir: runs/.* cannot be written"):
+        script.train(quick(script, None))
+
+
 def test_ctrl_c_during_an_evaluation_ends_without_a_traceback(script, tmp_path, monkeypatch, capsys):
     script.train(quick(script, tmp_path / "a"))
 
@@ -442,6 +449,14 @@ def test_a_full_disk_stops_the_run_in_one_sentence_and_leaves_the_checkpoint(scr
     message = f"stopped: [Errno {errno.EFBIG}] File too large; the last checkpoint is untouched\n"
     assert stopped.value.code == 1 and capsys.readouterr().err.endswith(message)
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == 0
+
+
+def test_a_last_checkpoint_that_cannot_be_written_gives_the_signals_back(script, batch, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(script, "save_checkpoint", mock.Mock(side_effect=[None, OSError(errno.ENOSPC, "disk full")]))
+    with pytest.raises(OSError, match="disk full"):
+        script.train(quick(script, tmp_path / "a", total_timesteps=batch))
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_error_of_the_system_that_is_no_full_disk_keeps_its_traceback(script, monkeypatch):
@@ -576,10 +591,16 @@ def test_wrong_choices_and_types_from_python_are_refused(script, tmp_path):
         with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be one of (auto|sync)"):
             script.train(quick(script, tmp_path / "a", **{name: wrong}))
     numbers = [("num_steps", 16.0, "int"), ("num_envs", True, "int"), ("gamma", "0.9", "float")]
+    numbers += [("gamma", np.float64(0.9), "float, not float64")]  # a checkpoint with it could not be loaded
     for name, wrong, right in (*numbers, ("anneal_lr", "no", "bool"), ("resume", 5, "Path or NoneType")):
         with pytest.raises(script.RefusedError, match=f"{name}: {wrong} was given, but it must be of type {right}"):
             script.train(quick(script, tmp_path / "a", **{name: wrong}))
     assert not (tmp_path / "a").exists()
+
+
+def test_train_refuses_to_train_where_an_evaluation_is_asked_for(script, tmp_path):
+    with pytest.raises(script.RefusedError, match="evaluate: .*a was given to train"):
+        script.train(quick(script, None, evaluate=tmp_path / "a"))
 
 
 def test_whole_numbers_will_do_for_floats(script, tmp_path):
