@@ -96,7 +96,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network lives; auto is the GPU where there is one."""
     num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    """CPU threads of PyTorch and of the emulators; by default one for each core that this process may use."""
+    """CPU threads of PyTorch and of the emulators; by default one for each core that this process may use;
+    a resumed run keeps its number."""
     bfloat16: bool = torch.backends.mkldnn.is_available() and any(
         torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
     )
@@ -336,7 +337,8 @@ def collect(
             successor = next_obs.copy()
             successor[game_over] = infos["final_obs"][game_over]
         for i in np.flatnonzero(game_over):
-            episodes.append((global_step, float(infos["score"][i]), int(infos["length"][i])))
+            step = int(global_step - envs.num_envs + 1 + i)  # one of its own: TensorBoard shows one value a step
+            episodes.append((step, float(infos["score"][i]), int(infos["length"][i])))
         last_obs.append(successor if t == num_steps - 1 else successor[done])
         log_prob = distribution.log_prob(action)
         steps.append((obs, action, log_prob, value, reward.astype(np.float32), terminated, done))
@@ -691,6 +693,9 @@ class Run:
 
     def __exit__(self, error, *_) -> None:
         """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
+        # A signal that goes to every process (Slurm, systemd) ends the environments' ones: a stop like any other.
+        if self.stop_signal and error and issubclass(error, (EOFError, ConnectionError, KeyboardInterrupt)):
+            error = None
         try:
             if error is None:
                 self.save()

@@ -83,7 +83,8 @@ SCRIPT = Path(__file__).stem
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"
-    """Any registered Gymnasium environment with a continuous action space; `module:Env-v0` imports module first."""
+    """Any registered Gymnasium environment with a continuous action space, at best one with bounds near ±1, as actions
+    start around 0 in the environment's units and are clipped to its bounds; `module:Env-v0` imports module first."""
     seed: int = 1
     """Seed of the networks, the actions and the environments."""
     total_timesteps: int = 1_000_000
@@ -489,7 +490,8 @@ def collect(
             successor[done] = np.stack(infos["final_obs"][done])
             whole = done & np.logical_not(infos["final_info"].get("cut", False))  # what Staggered cut is no episode
             for i in np.flatnonzero(whole):
-                episodes.append((global_step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+                step = int(global_step - envs.num_envs + 1 + i)  # one of its own: TensorBoard shows one value a step
+                episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
             what = "an observation" if np.isfinite(reward).all() else "a reward"
             raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
@@ -710,6 +712,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env.render()
     except Exception as error:  # an environment is other people's code
         hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
+        if render_mode and sys.platform == "linux":
+            hint += "; the environment variable MUJOCO_GL=egl, or osmesa, may help"
         what = "made" if render_mode is None else "made for --capture-video"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason}){hint}") from error
@@ -728,7 +732,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 class Staggered(gym.Wrapper):
     """Cuts one episode short, after `steps` steps. Where no episode ends before its time limit (HalfCheetah), the
-    environments would else pass through their episodes in step, and every batch hold a single phase of them."""
+    environments would else pass through their episodes in step, and every batch hold a single phase of them. (A limit
+    that only the environment itself knows is none that `make_envs` could spread: give it in a TimeLimit.)"""
 
     def __init__(self, env: gym.Env, steps: int):
         super().__init__(env)
@@ -880,6 +885,9 @@ class Run:
 
     def __exit__(self, error, *_) -> None:
         """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
+        # A signal that goes to every process (Slurm, systemd) ends the environments' ones: a stop like any other.
+        if self.stop_signal and error and issubclass(error, (EOFError, ConnectionError, KeyboardInterrupt)):
+            error = None
         try:
             if error is None:
                 self.save()

@@ -60,7 +60,7 @@ def test_lives_and_games_are_told_apart_and_the_score_is_the_emulators():
         rewards.append(reward)
         lives_lost += infos["lives"] < lives
         for i in np.flatnonzero(terminated | truncated):
-            expected.append(((t + 1) * args.num_envs, score[i], length[i]))
+            expected.append((t * args.num_envs + i + 1, score[i], length[i]))  # each environment's own step
             game_ends.append((t, i))
             score[i], length[i] = 0, 0
         lives = infos["lives"].copy()
@@ -79,12 +79,12 @@ def test_a_lost_life_cuts_the_advantage_recursion_and_the_game_goes_on():
     rollout, _, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, steps, 0)
     lost = int(rollout.terminations[:, 0].nonzero()[0])
     assert not episodes and lost < steps - 10  # no game has ended
-    values = torch.randn(steps, args.num_envs)
-    arguments = (values, values, rollout.terminations, rollout.dones, 0.99, 0.95)
-    before, _ = ppo_atari.compute_gae(rollout.rewards, *arguments)
+    agent = ppo_atari.Agent(envs.single_observation_space, envs.single_action_space)
+    args.center_advantages = args.normalize_advantages = False
     later = rollout.rewards.clone()
     later[lost + 1 :] += 1.0
-    after, _ = ppo_atari.compute_gae(later, *arguments)
+    given = rollout, rollout._replace(rewards=later)
+    before, after = (ppo_atari.estimate_advantages(agent, x, x.values.flatten(), args)[0].view_as(later) for x in given)
     assert before[: lost + 1, 0].equal(after[: lost + 1, 0]) and not before[lost + 1 :, 0].equal(after[lost + 1 :, 0])
 
 
@@ -119,7 +119,7 @@ def test_a_time_limit_ends_a_game_but_not_its_value():
     obs, _ = envs.reset(seed=5)
     script = np.zeros((150, 2), dtype=np.int64)  # nothing is done: no ball, no life lost but perhaps the first
     rollout, _, episodes = ppo_atari.collect(envs, Scripted(envs, script), obs, 150, 0)
-    (end,) = {step // 2 - 1 for step, _, _ in episodes}
+    (end,) = {(step - 1) // 2 for step, _, _ in episodes}
     assert len(episodes) == 2 and all(length == end + 1 for _, _, length in episodes)
     assert rollout.dones[end].all() and not rollout.terminations[end].any()
     successors = rollout.last_obs[rollout.dones[:end].sum() :][:2]
@@ -374,6 +374,8 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(recompute):
     before = [p.detach().clone() for p in agent.parameters()]
     ppo_atari.update(agent, torch.optim.SGD(agent.parameters(), lr=1e-3), rollout, args, gradient)
     assert len(seen) == 8
+    orders = [torch.cat([minibatch[0][:, 0, 0, 0] for minibatch in seen[i : i + 4]]) for i in (0, 4)]
+    assert not orders[0].equal(orders[0].sort()[0]) and not orders[0].equal(orders[1])  # shuffled, each time anew
     for new, old in zip(agent.parameters(), before):  # a step a minibatch
         torch.testing.assert_close(new, old - 8e-3, rtol=0.0, atol=1e-6)
     first = second = (rollout.actions, log_probs, advantages, returns, values)

@@ -60,7 +60,7 @@ def test_a_script_has_its_names_and_imports_no_other_script(path):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_every_argument_says_what_it_does(path):
     body = definitions(path)["Args"].body
-    for field, doc in zip(body[::2], body[1::2]):
+    for field, doc in zip(body[::2], body[1::2], strict=True):
         assert isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr), ast.unparse(field)
         assert len(doc.value.value) > 20
 

@@ -54,6 +54,17 @@ def test_advantages_of_one_step_come_from_the_true_successors(script, center, no
 
 
 @each
+def test_no_reward_counts_across_the_end_of_an_episode(script):
+    agent, rollout = counted(script)
+    args, end = script.Args(center_advantages=False, normalize_advantages=False), int(rollout.dones[:, 0].nonzero()[0])
+    later = rollout.rewards.clone()
+    later[end + 1 :] += 1.0
+    given = rollout.rewards, later
+    before, after = (script.estimate_advantages(agent, rollout, x, args)[0].view_as(x) for x in given)
+    assert before[: end + 1, 0].equal(after[: end + 1, 0]) and not before[end + 1, 0].equal(after[end + 1, 0])
+
+
+@each
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_iteration_sees_the_statistics_of_the_ones_before_and_rewards_scaled_across_them(
     script, normalize, tmp_path, monkeypatch
@@ -72,6 +83,17 @@ def test_an_iteration_sees_the_statistics_of_the_ones_before_and_rewards_scaled_
     scaler, running = script.RewardScaler(), torch.zeros(args.num_envs)
     for _, rollout, rewards in seen:
         assert rewards.equal(scaler(rollout.rewards, rollout.dones, args.gamma, running))
+
+
+@each
+def test_layers_start_orthogonal_and_the_policy_the_same_everywhere(script):
+    agent = script.Agent(gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,)))
+    for network, gain in (agent.actor_mean, 0.01), (agent.critic, 1.0):
+        first, second, last = (layer for layer in network if hasattr(layer, "weight"))
+        for weight, size in (first.weight.T, 3), (second.weight, 64), (last.weight, len(last.weight)):
+            right = (gain**2 if weight is last.weight else 2.0) * torch.eye(size)
+            torch.testing.assert_close(weight @ weight.T, right, rtol=0.0, atol=1e-5)
+        assert not any(layer.bias.any() for layer in (first, second, last))
 
 
 @each
@@ -150,12 +172,14 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
         seen.append(minibatch)
         return [torch.ones_like(p) for p in parameters]
 
-    advantages, returns, _ = script.estimate_advantages(agent, rollout, column, args)
+    advantages, returns, values = script.estimate_advantages(agent, rollout, column, args)
     with torch.no_grad():
         old_policy = old.distribution(obs.flatten(0, 1))
         old_log_probs = old_policy.log_prob(rollout.actions.flatten(0, 1))
     metrics = script.update(agent, torch.optim.SGD(agent.parameters(), lr=0.01), rollout, column, args, gradient)
     assert len(seen) == 8
+    orders = [torch.cat([minibatch[0] for minibatch in seen[i : i + 4]]).flatten() for i in (0, 4)]
+    assert not orders[0].equal(obs.flatten()) and not orders[0].equal(orders[1])  # shuffled, each time anew
     learner = "critic" if script is trpo_continuous else "actor_mean"  # a step a minibatch, each of 0.01
     for new, parameter in zip(getattr(agent, learner).parameters(), getattr(old, learner).parameters()):
         torch.testing.assert_close(new, parameter - 0.08)
@@ -175,9 +199,21 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
         assert first[3].equal(old_policy.mean) and first[4].equal(old_policy.stddev)
         moved = torch.distributions.kl_divergence(old_policy, agent.distribution(obs.flatten(0, 1))).mean()
         assert metrics["losses/kl"] == pytest.approx(float(moved.detach()), rel=1e-3) and moved > 1e-4
-    new = {-1} if script is trpo_continuous else {-3, -2}  # what the newest critic says anew
+    newest = {-1} if script is trpo_continuous else {-3, -2}  # what the newest critic says anew
     for k in range(-len(first), 0):
-        assert first[k].equal(second[k]) != (recompute and k in new)
+        assert first[k].equal(second[k]) != (recompute and k in newest)
+    metrics = metrics[0] if script is trpo_continuous else metrics
+    new = agent.distribution(obs.flatten(0, 1))
+    log_ratio = new.log_prob(rollout.actions.flatten(0, 1)) - old_log_probs
+    logged = {
+        "entropy": new.entropy().mean(),
+        "approx_kl": (log_ratio.exp() - 1.0 - log_ratio).mean(),
+        "clipfrac": ((log_ratio.exp() - 1.0).abs() > 0.2).float().mean(),
+        "explained_variance": 1.0 - (returns - values).var() / (returns.var() + 1e-8),
+        "value_loss": ((agent.value(obs.flatten(0, 1)) - second[-1 if script is trpo_continuous else -2]) ** 2).mean(),
+    }
+    for name, value in logged.items():
+        assert metrics[f"losses/{name}"] == pytest.approx(float(value.detach()), rel=1e-3, abs=1e-6), name
 
 
 @each

@@ -74,7 +74,7 @@ PAGES = ["README.md", "benchmark/table1.md", "benchmark/README.md"]
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_parses(page):
     text = (ROOT / page).read_text()
-    commands = [c for c in re.findall(r"(?:^    |`)((?:\S*/)?python \w+\.py[^`\n]*)", text, re.M) if "..." not in c]
+    commands = [c for c in re.findall(r"(?:^    |`|&& )((?:\S*/)?python \w+\.py[^`\n]*)", text, re.M) if "..." not in c]
     commands += re.findall(r"uv run (\w+\.py[^`\n]*)", text)
     commands = [shlex.split(command.split("#")[0]) for command in commands]
     for command in commands:
@@ -87,7 +87,7 @@ def test_every_command_parses(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_benchmark_parses(page):
     commands = re.findall(r"(?:^    |`)python benchmark/(\w+)\.py([^`\n]*)", (ROOT / page).read_text(), re.M)
-    modules = {"run": run, "table1": table1, "speed": speed, "peers": peers}  # the others have no flags
+    modules = {"run": run, "table1": table1, "speed": speed, "peers": peers}  # the others have at most a script's flags
     for name, rest in {(name, rest.split("#")[0]) for name, rest in commands if name in modules}:
         config = (tyro.conf.PositionalRequiredArgs,) if name == "speed" else ()
         args = tyro.cli(modules[name].Args, args=shlex.split(rest), config=config)

@@ -652,6 +652,25 @@ def test_a_signal_ends_the_run_after_its_iteration_and_a_second_one_at_once(
     assert script.load_checkpoint(tmp_path / "a")["global_step"] == step * batch
 
 
+def test_a_signal_that_ends_the_environments_too_is_a_stop_like_any_other(script, batch, tmp_path, monkeypatch, capsys):
+    """Slurm and systemd signal every process: with --vectorization async the next step finds its pipes closed."""
+    original, calls = script.collect, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise EOFError
+        return original(*arguments)
+
+    monkeypatch.setattr(script, "collect", broken)
+    with pytest.raises(SystemExit) as exit_status:
+        script.train(quick(script, tmp_path / "a"))
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    assert script.load_checkpoint(tmp_path / "a")["global_step"] == batch
+    assert f"stopped at step {batch}; go on with --resume" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("scale", [True, False])
 def test_an_iteration_goes_on_where_the_last_one_ended_and_scales_rewards_as_asked(
     script, scale, tmp_path, monkeypatch
@@ -738,6 +757,14 @@ def test_foreign_damaged_and_malicious_checkpoints_are_refused(name, script, tmp
         path.write_bytes(bad)
         for flag in ("--resume", "--evaluate"):
             assert "damaged or not a checkpoint" in refused(script, [flag, "a"], capsys)
+    path.write_bytes(good)
+    saved = script.load_checkpoint("a")
+    torch.save({**saved, "args": {k: v for k, v in saved["args"].items() if k != "gamma"}}, path)
+    assert "another version" in refused(script, evaluate, capsys)
+    machine = {"num_threads": 2, "compile": True, "capture_video": True}
+    torch.save({**saved, "args": {**saved["args"], **machine}}, path)
+    args = script.parse_args(evaluate)  # perhaps on another machine
+    assert (args.num_threads, args.compile, args.capture_video) == (1, False, False)
     path.write_bytes(good)
     torch.save({k: v for k, v in script.load_checkpoint("a").items() if k != "optimizer"}, path)
     assert "damaged or not a checkpoint" in refused(script, ["--resume", "a"], capsys)

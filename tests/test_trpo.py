@@ -170,7 +170,8 @@ def test_line_search_takes_the_first_acceptable_step_or_none(tries, accepted):
 
     result = trpo.line_search(evaluate_at, theta_old, step, 0.01, 0.8, 10)
     if accepted is None:
-        assert not result.accepted and len(seen) == 10 and result.theta is theta_old
+        assert not result.accepted and len(seen) == 10 == result.tries and result.theta is theta_old
+        assert (result.improvement, result.kl) == tries[-1]
     else:
         assert result.accepted and len(seen) == accepted + 1 == result.tries
         assert result.theta.equal(theta_old + 0.8**accepted * step)
@@ -205,6 +206,23 @@ def test_without_line_search_the_parameters_move_by_exactly_the_full_step(monkey
     monkeypatch.setattr(trpo, "full_step", lambda *x: steps.append(original(*x)) or steps[-1].clone())
     _, skipped = trpo.update_policy(agent, obs, actions, advantages, trpo.Args(line_search=False))
     assert not skipped and theta_of(agent).equal(theta + steps[0])
+
+
+def test_a_step_that_leaves_the_trust_region_is_shortened_and_logged_as_it_was_taken(monkeypatch):
+    agent, obs, actions, advantages = learnable_batch()
+    theta, steps, original = theta_of(agent), [], trpo.full_step
+    monkeypatch.setattr(trpo, "full_step", lambda *x: steps.append(4 * original(*x)) or steps[-1].clone())
+    log_prob = agent.distribution(obs).log_prob(actions)
+    advantages = advantages - advantages.mean()
+    surrogate = trpo.surrogate_advantage((log_prob - log_prob.detach()).exp(), advantages)
+    g = trpo.flat_gradient(surrogate, agent.actor_parameters())
+    metrics, _ = trpo.update_policy(agent, obs, actions, advantages, trpo.Args(backtrack_coef=0.6))
+    tries = metrics["charts/line_search_steps"]
+    step = 0.6 ** (tries - 1) * steps[0]
+    assert 3 <= tries < 10
+    torch.testing.assert_close(theta_of(agent), theta + step)
+    assert metrics["charts/step_norm"] == pytest.approx(float(step.norm()), rel=1e-4)
+    assert metrics["losses/expected_improvement"] == pytest.approx(float(g @ step), rel=1e-3)
 
 
 @pytest.mark.parametrize("line_search", [True, False])
