@@ -159,6 +159,7 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
             raise ValueError(f"{summary.name} has it of another command, {stored}; give another --results")
         return "already there"
     where = [how_to_go_on(script, repeat[2:], run_dir), str(run_dir)]
+    ran = revision(script)  # now: a commit during the run changes nothing in it
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, str(ROOT / script), *repeat[2:], *where],
@@ -183,19 +184,19 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
         "evaluation_std": evaluation[2],
         "steps_per_second": round(args.total_timesteps / seconds) if where[0] == "--run-dir" else "",
         "command": " ".join(repeat),
-        "versions": " ".join([f"{p} {version(p)}" for p in packages] + [f"script {revision(script)}"]),
+        "versions": " ".join([f"{p} {version(p)}" for p in packages] + [f"script {ran}"]),
         "python": platform.python_version(),
         "processor": processor(),
     }
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    with curve.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["step", "return"])
-        writer.writerows((step, round(value, 2)) for step, value in episodes)
     with (args.results / "summary.csv").open("a+", newline="") as summary:  # last, as its row says that the run is done
         fcntl.flock(summary, fcntl.LOCK_EX)
         if stored_command(summary, algorithm, env_id, seed):
             return "another campaign has done it meanwhile, with other --runs"
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        with curve.open("w", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(["step", "return"])
+            writer.writerows((step, round(value, 2)) for step, value in episodes)
         writer = csv.DictWriter(summary, row.keys(), lineterminator="\n")
         if summary.tell() == 0:
             writer.writeheader()

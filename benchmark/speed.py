@@ -86,6 +86,8 @@ class Args:
     """Times that every case runs, in turn with the others."""
     peer_python: str = sys.executable
     """A Python that has stable-baselines3 and sb3-contrib, where this one has not."""
+    results: Path = RESULTS
+    """Where the CSV goes; plot.py reads that of the repository alone. Another folder is for a trial."""
 
 
 # What follows runs in a process of its own for every case.
@@ -113,10 +115,10 @@ def run_peer(name: str, num_envs: int, total_timesteps: int) -> dict[str, float]
         import gymnasium
 
         gymnasium.register_envs(ale_py)
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as our script
         env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=num_envs, seed=1), 4)
         own = {"n_steps": 128, "n_epochs": 4, "batch_size": 256, "clip_range": 0.1, "ent_coef": 0.01}
-        model = PPO("CnnPolicy", env, device="cpu", learning_rate=2.5e-4, **own)
+        model = PPO("CnnPolicy", env, device="auto", learning_rate=2.5e-4, **own)
     else:
         torch.set_num_threads(1)
         env = VecNormalize(make_vec_env("HalfCheetah-v5", n_envs=num_envs, seed=1))
@@ -181,14 +183,14 @@ def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
         log(run, *args)
         if not marks:
             spent.clear()
-        marks.append((run.global_step, time.perf_counter()))
+        marks.append((run.global_step, time.perf_counter(), dict(spent)))  # what follows the last one is evaluation
 
     script.Run.log = timed("log", first_and_last)
     with tempfile.TemporaryDirectory() as folder:
         script.main([*dict(trpo=TRPO, ppo_clip=CLIP, ppo_kl=KL)[name][1:], "--total-timesteps", str(total_timesteps),
                      "--run-dir", folder, *case.split()[1:]])  # fmt: skip
-    (first, start), (last, end) = marks[0], marks[-1]
-    result = {part: 1e6 * seconds / (last - first) for part, seconds in spent.items()}
+    (first, start, _), (last, end, parts) = marks[0], marks[-1]
+    result = {part: 1e6 * seconds / (last - first) for part, seconds in parts.items()}
     total = 1e6 * (end - start) / (last - first)
     result = {"total": total, **result, "rest": total - sum(result.values())}
     return {**result, **lower_bound(name, script)}
@@ -266,7 +268,8 @@ def main(args: Args) -> None:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     cases = SECTIONS[args.section]
     cases = {case: cases[case] for case in cases if not args.cases or any(part in case for part in args.cases)}
-    path = RESULTS / f"speed_{args.section}.csv"
+    path = args.results / f"speed_{args.section}.csv"
+    args.results.mkdir(parents=True, exist_ok=True)
     rows = []
     for repeat in range(args.repeats):
         for case, work in cases.items():

@@ -249,7 +249,9 @@ def draw() -> None:
     figure.savefig(plot.RESULTS / "table1.png", dpi=110)
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> list[str]:
+    """Runs what is missing and writes the page; returns the lines of the runs that failed."""
+    failed = []
     tasks = {"env_ids": [f"{task}-v5" for task in args.tasks]}
     options = {"workers": args.workers, "results": args.results, "runs": args.runs}
     for setting in args.settings if args.run else ():
@@ -257,24 +259,25 @@ def main(args: Args) -> None:
         for row in rows:
             run.ALGORITHMS.setdefault(algorithm(row, setting), [*ROWS[row][1], *SETTINGS[setting]])
         names = [algorithm(row, setting) for row in rows]
-        run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
+        failed += run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
     if args.run:  # the zero of the scale: about 100 episodes and more
-        run.main(run.Args(algorithms=["random"], seeds=[1], total_timesteps=100_000, **tasks, **options))
+        failed += run.main(run.Args(algorithms=["random"], seeds=[1], total_timesteps=100_000, **tasks, **options))
     if args.collapse:
         for name, (row, extra) in COLLAPSE.items():
             run.ALGORITHMS[name] = [*ROWS[row][1], *SETTINGS["one_env"], *extra]
         both = {"env_ids": ["HalfCheetah-v5", UNCLIPPED], "total_timesteps": 300_000}
-        run.main(run.Args(algorithms=list(COLLAPSE), seeds=args.seeds, **both, **options))
+        failed += run.main(run.Args(algorithms=list(COLLAPSE), seeds=args.seeds, **both, **options))
     if args.changes:
         for key, (on, off) in CHANGES.items():
             run.ALGORITHMS[f"with_{key}"] = [*ROWS["clip_0.2"][1], *PAPER_SETTING, *on]
             run.ALGORITHMS[f"without_{key}"] = [*ROWS["clip_0.2"][1], *off]
         names = [f"{which}_{key}" for which in ("with", "without") for key in CHANGES]
-        run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
+        failed += run.main(run.Args(algorithms=names, seeds=args.seeds, **tasks, **options))
     if args.results.resolve() == plot.RESULTS.resolve():
         draw()
         plot.write(TABLES)
+    return failed
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    raise SystemExit(1 if main(tyro.cli(Args, description=__doc__)) else 0)
