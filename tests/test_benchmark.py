@@ -50,7 +50,7 @@ def test_no_run_is_reported_twice_and_no_curve_goes_back_in_time():
         assert steps == sorted(steps), curve
 
 
-def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
+def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path, monkeypatch):
     args = run.Args(
         algorithms=["npg"], env_ids=["Pendulum-v1"], seeds=[101], total_timesteps=4096, compile=False,
         results=tmp_path / "results", runs=tmp_path / "runs",
@@ -88,5 +88,12 @@ def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path):
     assert "FAILED" not in run.run(args, "npg", "Pendulum-v1", 101)
     again = (tmp_path / "results" / "summary.csv").read_text().splitlines()[1]
     assert again.split(",")[:7] == row.split(",")[:7] and again.split(",")[7] == ""  # no speed
+
+    # Another campaign, with other --runs, does the same run meanwhile: its curve stays beside its row.
+    (tmp_path / "results" / "npg" / "Pendulum-v1__101.csv").write_text("the other's")
+    original, answers = run.stored_command, [None]
+    monkeypatch.setattr(run, "stored_command", lambda *x: answers.pop() if answers else original(*x))
+    assert "another campaign has done it" in run.run(args, "npg", "Pendulum-v1", 101)
+    assert (tmp_path / "results" / "npg" / "Pendulum-v1__101.csv").read_text() == "the other's"
     (tmp_path / "runs" / "npg").rename(tmp_path / "runs" / "trpo_no_floor")
     assert "other arguments (min_log_std, line_search)" in run.run(args, "trpo_no_floor", "Pendulum-v1", 101)
