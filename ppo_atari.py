@@ -41,6 +41,7 @@ is larger than that of 2016 which the paper cites, as in CleanRL and Baselines.
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -200,7 +201,7 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, bfloat16: bool = False):
         super().__init__()
         self.bfloat16 = bfloat16
-        trunk = nn.Sequential(
+        self.trunk = nn.Sequential(
             orthogonal(BlockConv2d(observation_space.shape[0], 32, 8, stride=4)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
@@ -210,8 +211,7 @@ class Agent(nn.Module):
             nn.Flatten(),
             orthogonal(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
-        )
-        self.trunk = trunk.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+        ).to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
         self.actor = orthogonal(nn.Linear(512, int(action_space.n)), gain=0.01)
         self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
 
@@ -229,19 +229,18 @@ class Agent(nn.Module):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.trunk(pixels).float()
 
-    def distribution(self, obs: torch.Tensor) -> Distribution:
-        """π(·|obs): a categorical over the actions for each row of obs [batch, 4, 84, 84]."""
-        return Categorical(logits=self.actor(self.features(obs)), validate_args=False)
-
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(obs), [batch], in units of clipped reward, for obs [batch, 4, 84, 84]."""
-        return self.critic(self.features(obs)).squeeze(-1)
-
     def both(self, obs: torch.Tensor) -> tuple[Distribution, torch.Tensor]:
         """(distribution, value) of obs for the price of one pass through the shared layers."""
         features = self.features(obs)
-        distribution = Categorical(logits=self.actor(features), validate_args=False)
-        return distribution, self.critic(features).squeeze(-1)
+        return Categorical(logits=self.actor(features), validate_args=False), self.critic(features).squeeze(-1)
+
+    def distribution(self, obs: torch.Tensor) -> Distribution:
+        """π(·|obs): a categorical over the actions for each row of obs [batch, 4, 84, 84]."""
+        return self.both(obs)[0]
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(obs), [batch], in units of clipped reward, for obs [batch, 4, 84, 84]."""
+        return self.both(obs)[1]
 
 
 # ---------------------------------------------------------------------------- mathematics
@@ -331,13 +330,12 @@ def collect(
         distribution, value = agent.both(torch.as_tensor(obs, device=device))
         action = distribution.sample()
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        global_step += envs.num_envs
         successor, done, game_over = next_obs, terminated | truncated, infos["game_over"]
         if game_over.any():  # next_obs is already the beginning of the next one; after a lost life it is not
             successor = next_obs.copy()
             successor[game_over] = infos["final_obs"][game_over]
         for i in np.flatnonzero(game_over):
-            step = int(global_step - envs.num_envs + 1 + i)  # one of its own: TensorBoard shows one value a step
+            step = int(global_step + t * envs.num_envs + 1 + i)  # its own: TensorBoard shows one value a step
             episodes.append((step, float(infos["score"][i]), int(infos["length"][i])))
         last_obs.append(successor if t == num_steps - 1 else successor[done])
         log_prob = distribution.log_prob(action)
@@ -400,7 +398,6 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
     obs, actions = agent.pixels(rollout.obs.flatten(0, 1)), rollout.actions.flatten(0, 1)  # pixels once for all passes
     images = obs.permute(0, 2, 3, 1)  # each in one piece of memory: index_select copies such rows faster than obs[rows]
     parameters = [p for p in agent.parameters() if p.requires_grad]
-    minibatch_size = len(obs) // args.num_minibatches
     old_log_probs, old_values = rollout.log_probs.flatten(), rollout.values.flatten()
     advantages, returns = estimate_advantages(agent, rollout, old_values, args)
     explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)
@@ -409,7 +406,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, arg
         if epoch > 0 and args.recompute_advantages:
             with torch.no_grad():
                 advantages, returns = estimate_advantages(agent, rollout, agent.value(obs), args)
-        for rows in torch.randperm(len(obs), device=obs.device).split(minibatch_size):
+        for rows in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             pixels = images.index_select(0, rows).permute(0, 3, 1, 2)
             minibatch = (pixels, *(x[rows] for x in (actions, old_log_probs, advantages, returns, old_values)))
             for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
@@ -626,13 +623,11 @@ class Run:
 
     def __init__(self, args: Args, **parts):
         self.args, self.parts = args, parts
-        self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
-        self.stop_signal = 0
+        self.global_step = self.iterations = self.stop_signal = 0
+        self.recent_returns = deque(maxlen=100)
+        self.run_dir = Path(args.resume or args.run_dir or free_run_dir(args))
         if args.resume:
-            self.run_dir = Path(args.resume)
             self.restore(load_checkpoint(args.resume))
-        else:
-            self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(plain(args), indent=2)
@@ -680,7 +675,6 @@ class Run:
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
     def restore(self, checkpoint: dict) -> None:
-        check_fixed(self.args, checkpoint["args"])
         self.global_step = checkpoint["global_step"]
         self.recent_returns.extend(checkpoint["recent_returns"])
         load_parts(checkpoint, **self.parts)
@@ -717,16 +711,14 @@ class Run:
 def free_run_dir(args: Args) -> Path:
     """Makes runs/<env>__<script>__<seed>__<time>; a number follows where a run of the same second has that."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
-    run_dir, number = Path("runs") / name, 1
-    while True:
+    for number in itertools.count(1):
+        run_dir = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir(parents=True)  # asked by trying, as two runs may ask at once
             return run_dir
         except OSError as error:
             if not os.path.exists(run_dir):
                 raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
-            number += 1  # asked by trying, as two runs may ask at once
-            run_dir = Path("runs") / f"{name}-{number}"
 
 
 def plain(args: Args) -> dict:
@@ -758,11 +750,10 @@ def load_checkpoint(run_dir: Path) -> dict:
     given = f"resume or evaluate: {path}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = checkpoint["script"], checkpoint["args"]
+        script, saved_names = checkpoint["script"], set(checkpoint["args"])
         if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
         torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
-        saved_names = set(saved_args)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(f"{given} does not exist, so {run_dir} is not the directory of a run") from error
     except PermissionError as error:
@@ -786,14 +777,6 @@ def load_parts(checkpoint: dict, **parts) -> None:
         raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
 
-def check_fixed(args: Args, saved: dict) -> None:
-    """Raises RefusedError where args would make another task or agent of a saved run; its seed may change for
-    evaluation, which then plays other episodes."""
-    for name in FIXED:
-        if getattr(args, name) != saved[name] and not (args.evaluate and name == "seed"):
-            raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved[name]!r}, which stays")
-
-
 def check_args(args: Args) -> None:
     """Raises RefusedError, in one sentence, for an argument that cannot work."""
 
@@ -813,16 +796,18 @@ def check_args(args: Args) -> None:
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif type(value) in (int, float):
             check(field.name, 0 < value < float("inf"), "positive and finite")
-    batch = args.num_envs * args.num_steps
+    batch = least = args.num_envs * args.num_steps
     check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
-    done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
-    check(
-        "total_timesteps",
-        args.total_timesteps >= done + batch,
-        f"at least {done + batch} for one batch of {batch} more",
-    )
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(args.resume or args.evaluate)
+        least += checkpoint["global_step"] if args.resume else 0
+        for name in FIXED:
+            saved = checkpoint["args"][name]
+            if getattr(args, name) != saved and not (args.evaluate and name == "seed"):  # which plays other episodes
+                raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved!r}, which stays")
+    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch} more")
     check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
@@ -845,10 +830,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise RefusedError("resume: give --resume or --evaluate, not both")
     if args.resume or args.evaluate:
         saved = load_checkpoint(args.resume or args.evaluate)["args"]
-        saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        saved |= {"run_dir": None, "resume": None, "evaluate": None}
         if args.evaluate:  # on whatever machine, and without a video unless this command asks for one
-            machine = {"device": "auto", "num_threads": Args.num_threads, "compile": False}
-            saved = {**saved, **machine, "capture_video": False}
+            saved |= {"device": "auto", "num_threads": Args.num_threads, "compile": False, "capture_video": False}
         args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
     return args
 
@@ -862,13 +846,11 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if args.evaluate:
             check_args(args)
-            checkpoint = load_checkpoint(args.evaluate)
-            check_fixed(args, checkpoint["args"])
             env = make_env(args.env_id)
             torch.set_num_threads(args.num_threads)
             device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
             agent = Agent(env.observation_space, env.action_space, args.bfloat16).to(device)
-            load_parts(checkpoint, agent=agent)
+            load_parts(load_checkpoint(args.evaluate), agent=agent)
             report_evaluation(agent, args, args.evaluate)
         else:
             train(args)

@@ -37,6 +37,7 @@ termination, and the environments are spread over the length of an episode (`Sta
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -347,7 +348,6 @@ def collect(
         # Only the environment sees the clipped action: its log-probability would be another density's.
         env_action = action.reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
         next_obs, reward, terminated, truncated, infos = envs.step(env_action)
-        global_step += envs.num_envs
         next_obs, reward = next_obs.astype(np.float32), reward.astype(np.float32)
         successor, done = next_obs, terminated | truncated
         if done.any():  # these environments have already started their next episode; next_obs is its beginning
@@ -355,8 +355,9 @@ def collect(
             successor[done] = np.stack(infos["final_obs"][done])
             whole = done & np.logical_not(infos["final_info"].get("cut", False))  # what Staggered cut is no episode
             for i in np.flatnonzero(whole):
-                step = int(global_step - envs.num_envs + 1 + i)  # one of its own: TensorBoard shows one value a step
+                step = int(global_step + 1 + i)  # one of its own: TensorBoard shows one value a step
                 episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+        global_step += envs.num_envs
         if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
             what = "an observation" if np.isfinite(reward).all() else "a reward"
             raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
@@ -424,7 +425,6 @@ def update(
     """
     obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
     parameters = [p for p in agent.parameters() if p.requires_grad]
-    minibatch_size = len(obs) // args.num_minibatches
     with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at 1
         old_log_probs = agent.distribution(obs).log_prob(actions)
     advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)
@@ -435,7 +435,7 @@ def update(
             advantages, returns, _ = estimate_advantages(agent, rollout, rewards, args)
         shuffle = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, advantages, returns, old_values)
-        for minibatch in zip(*(x[shuffle].split(minibatch_size) for x in batch)):
+        for minibatch in zip(*(x[shuffle].chunk(args.num_minibatches) for x in batch)):
             for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
                 parameter.grad = grad
             optimizer.step()
@@ -529,14 +529,13 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason}){hint}") from error
     if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
-        hint = "ppo_atari.py plays Atari games; " if "NoFrameskip" in env_id or env_id.startswith("ALE/") else ""
         raise RefusedError(
             f"env_id: {env_id} has the action space {env.action_space}, but this script needs continuous actions "
-            f"(a Box of floats); {hint or 'none of the four scripts fits, '}HalfCheetah-v5 and Pendulum-v1 would work"
+            f"(a Box of floats), and ppo_atari.py an Atari game; HalfCheetah-v5 and Pendulum-v1 would work"
         )
+    if not env.observation_space.is_np_flattenable:
+        raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but this script needs a vector")
     if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-        if not env.observation_space.is_np_flattenable:
-            raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but this script needs a vector")
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -629,13 +628,11 @@ class Run:
 
     def __init__(self, args: Args, **parts):
         self.args, self.parts = args, parts
-        self.global_step, self.recent_returns, self.iterations = 0, deque(maxlen=100), 0
-        self.stop_signal = 0
+        self.global_step = self.iterations = self.stop_signal = 0
+        self.recent_returns = deque(maxlen=100)
+        self.run_dir = Path(args.resume or args.run_dir or free_run_dir(args))
         if args.resume:
-            self.run_dir = Path(args.resume)
             self.restore(load_checkpoint(args.resume))
-        else:
-            self.run_dir = Path(args.run_dir or free_run_dir(args))
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(plain(args), indent=2)
@@ -683,7 +680,6 @@ class Run:
         save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
 
     def restore(self, checkpoint: dict) -> None:
-        check_fixed(self.args, checkpoint["args"])
         self.global_step = checkpoint["global_step"]
         self.recent_returns.extend(checkpoint["recent_returns"])
         load_parts(checkpoint, **self.parts)
@@ -720,16 +716,14 @@ class Run:
 def free_run_dir(args: Args) -> Path:
     """Makes runs/<env>__<script>__<seed>__<time>; a number follows where a run of the same second has that."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
-    run_dir, number = Path("runs") / name, 1
-    while True:
+    for number in itertools.count(1):
+        run_dir = Path("runs", name if number == 1 else f"{name}-{number}")
         try:
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir(parents=True)  # asked by trying, as two runs may ask at once
             return run_dir
         except OSError as error:
             if not os.path.exists(run_dir):
                 raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
-            number += 1  # asked by trying, as two runs may ask at once
-            run_dir = Path("runs") / f"{name}-{number}"
 
 
 def plain(args: Args) -> dict:
@@ -761,11 +755,10 @@ def load_checkpoint(run_dir: Path) -> dict:
     given = f"resume or evaluate: {path}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_args = checkpoint["script"], checkpoint["args"]
+        script, saved_names = checkpoint["script"], set(checkpoint["args"])
         if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
             raise ValueError("parts are missing")
         torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
-        saved_names = set(saved_args)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(f"{given} does not exist, so {run_dir} is not the directory of a run") from error
     except PermissionError as error:
@@ -789,14 +782,6 @@ def load_parts(checkpoint: dict, **parts) -> None:
         raise RefusedError(f"{what}, so that the saved parts do not fit") from error
 
 
-def check_fixed(args: Args, saved: dict) -> None:
-    """Raises RefusedError where args would make another task or agent of a saved run; its seed may change for
-    evaluation, which then plays other episodes."""
-    for name in FIXED:
-        if getattr(args, name) != saved[name] and not (args.evaluate and name == "seed"):
-            raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved[name]!r}, which stays")
-
-
 def check_args(args: Args) -> None:
     """Raises RefusedError, in one sentence, for an argument that cannot work."""
 
@@ -816,16 +801,18 @@ def check_args(args: Args) -> None:
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             check(field.name, low <= value <= high, f"between {low} and {high}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif type(value) in (int, float):
             check(field.name, 0 < value < float("inf"), "positive and finite")
-    batch = args.num_envs * args.num_steps
+    batch = least = args.num_envs * args.num_steps
     check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
-    done = load_checkpoint(args.resume)["global_step"] if args.resume else 0
-    check(
-        "total_timesteps",
-        args.total_timesteps >= done + batch,
-        f"at least {done + batch} for one batch of {batch} more",
-    )
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(args.resume or args.evaluate)
+        least += checkpoint["global_step"] if args.resume else 0
+        for name in FIXED:
+            saved = checkpoint["args"][name]
+            if getattr(args, name) != saved and not (args.evaluate and name == "seed"):  # which plays other episodes
+                raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved!r}, which stays")
+    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch} more")
     check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
@@ -848,10 +835,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise RefusedError("resume: give --resume or --evaluate, not both")
     if args.resume or args.evaluate:
         saved = load_checkpoint(args.resume or args.evaluate)["args"]
-        saved = {**saved, "run_dir": None, "resume": None, "evaluate": None}
+        saved |= {"run_dir": None, "resume": None, "evaluate": None}
         if args.evaluate:  # on whatever machine, and without a video unless this command asks for one
-            machine = {"device": "auto", "num_threads": Args.num_threads, "compile": False}
-            saved = {**saved, **machine, "capture_video": False}
+            saved |= {"device": "auto", "num_threads": Args.num_threads, "compile": False, "capture_video": False}
         args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
     return args
 
@@ -865,14 +851,12 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         if args.evaluate:
             check_args(args)
-            checkpoint = load_checkpoint(args.evaluate)
-            check_fixed(args, checkpoint["args"])
             env = make_env(args.env_id)
             torch.set_num_threads(args.num_threads)
             spaces = env.observation_space, env.action_space
             device = torch.device("cuda" if args.device == "cuda" else "cpu")
             agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
-            load_parts(checkpoint, agent=agent)
+            load_parts(load_checkpoint(args.evaluate), agent=agent)
             report_evaluation(agent, args, args.evaluate)
         else:
             train(args)

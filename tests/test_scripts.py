@@ -130,7 +130,7 @@ def test_train_resume_and_evaluate_as_a_user_would(name, script, tmp_path, capsy
     # Environment i cuts an episode at 50 i steps and then plays 200 at a time, anew after the resume.
     whole = sum((2 * 256 - 50 * i) // 200 for i in range(4))
     assert len(logged["charts/episodic_return"]) == 2 * whole
-    ends = sorted(4 * t for i in range(4) for t in range(50 * i + 200, 513, 200))
+    ends = sorted(4 * t - 3 + i for i in range(4) for t in range(50 * i + 200, 513, 200))
     assert [step for step, _ in logged["charts/episodic_return"]] == ends + [2 * batch + end for end in ends]
     assert all(value < 0.0 for _, value in logged["charts/episodic_return"])
     assert all(value == 200 for _, value in logged["charts/episodic_length"])
