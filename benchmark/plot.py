@@ -60,6 +60,7 @@ OTHERS = {
     "sb3_trpo": "sb3-contrib TRPO",
     "ppo_atari": "PPO, Atari",
     "ppo_atari_3M": "PPO, Atari, learning rate down to 0 at 3M steps",
+    "ppo_atari_float32": "PPO, Atari, in float32",
     "random": "random policy",
 }
 COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
@@ -372,13 +373,14 @@ def draw_atari() -> None:
         axis = axes[0, games.index(run["env_id"])]
         steps, scores = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
         means = [scores[max(0, i - 99) : i + 1].mean() for i in range(len(scores))]
-        axis.plot(steps / 1e6, means, label=f"{OTHERS[run['algorithm']]}, seed {run['seed']}")
+        setting = OTHERS[run["algorithm"]].removeprefix("PPO, Atari").removeprefix(", ") or "default"
+        axis.plot(steps / 1e6, means, label=f"{setting}, seed {run['seed']}")
     for axis, game in zip(axes[0], games):
         axis.set_title(game)
         axis.set_xlabel("million steps")
         axis.set_ylabel("score, mean of 100 games")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(loc="lower right", fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "atari.png", dpi=110)
 
