@@ -1,443 +1,233 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==3.9.0",
-#     "ale-py==0.12.1",
-#     "opencv-python-headless==5.0.0.93",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.9.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 """Proximal policy optimization (PPO) with the clipped surrogate, for continuous actions.
 
-PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken,
-weighted by the ratio of their probabilities under the new and the old policy. Far from the old policy
-the surrogate means nothing, so the ratio is clipped: an action whose probability has already moved by
-more than `clip_coef` in the direction that its advantage asks for gives no further gradient. That is a
-cheap stand-in for the trust region of TRPO (`trpo_continuous.py`) and needs nothing but a first-order
-optimizer.
+PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken, weighted by the
+ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate means nothing, so
+the ratio is clipped: once it has left 1 ± `clip_coef` in the direction that the action's advantage asks for, the action
+gives no further gradient. That is a cheap stand-in for the trust region of TRPO.
 
-Paper: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347; equation
-numbers below are its own. GAE is Schulman et al. 2016, arXiv 1506.02438.
-
-Where this file departs from the paper, each a field of `Args` with its source or reason: observations are
-normalised, rewards scaled, advantages recomputed with the newest critic at every epoch, the learning rate
-decays, the gradient's norm is clipped, the log-std starts at -0.5. Besides, a time limit is not a
-termination, and the environments are spread over the length of an episode (`Staggered`).
+`train` is algorithm 1 of the paper. Below it: one iteration, the mathematics, the networks, the environments, and last
+the bookkeeping, which is not PPO. Equation numbers are those of Schulman et al. 2017, arXiv 1707.06347; GAE is Schulman
+et al. 2016, arXiv 1506.02438.
 
     python ppo_clip_continuous.py --env-id Walker2d-v5 --seed 2
     python ppo_clip_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python ppo_clip_continuous.py --evaluate RUN_DIR --capture-video
+
+The group "beyond the paper" in `Args` holds what later work added. This command takes it all away:
+
+    python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
+        --no-recompute-advantages --no-normalize-observations --no-scale-rewards
+
+Without a flag, where the paper is silent: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam;
+actions clipped to their bounds on the way into the environment; time limits that end an episode without counting as a
+termination; `Staggered` episodes. Learning curves and returns on ten tasks are in README.md.
 """
 
-import errno
-import io
+from __future__ import annotations
+
+import functools
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
-import sysconfig
+import tempfile
 import threading
 import time
 from collections import deque
-from ctypes.util import find_library
-from dataclasses import asdict, dataclass, fields
-from functools import partial
-from importlib.util import find_spec
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
-
-if sys.platform == "linux" and not os.environ.get("DISPLAY") and find_library("EGL"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it at import: videos without a display
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from torch import nn
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
+SCRIPT = "ppo_clip_continuous"
 
 
 @dataclass
-class Args:
-    env_id: str = "HalfCheetah-v5"
-    """Any registered Gymnasium environment with a continuous action space, at best one with bounds near ±1, as actions
-    start around 0 in the environment's units and are clipped to its bounds; `module:Env-v0` imports module first."""
-    seed: int = 1
-    """Seed of the networks, the actions and the environments."""
-    total_timesteps: int = 1_000_000
-    """Environment steps of the whole run, all environments together, those before a resume included; rounded down to
-    whole iterations. [paper, sec. 6.1: 1M]"""
-    num_envs: int = 8
-    """Environments stepped side by side. [DPPO and A3C use parallel workers; the paper says nothing]"""
-    num_steps: int = 256
-    """Steps of each environment in one iteration; the batch is num_envs * num_steps. [paper, table 3: 2048 in all]"""
-    vectorization: Literal["sync", "async"] = "sync"
-    """Step the environments one after the other, or each in a process of its own; on 2 cores sync is faster."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the networks live; auto is the CPU, which is faster for networks as small as these."""
-    num_threads: int = 1
-    """CPU threads of PyTorch; one is fastest for small networks and leaves the other cores to other seeds."""
-    compile: bool = False
-    """Compile the gradient with torch.compile: some seconds at the start, then faster updates; needs a C++ compiler and
-    Python's header files."""
+class Args:  # the comment behind a field is its help text; in brackets where the default comes from
+    env_id: str = "HalfCheetah-v5"  # a Gymnasium task with continuous actions; `module:Task-v0` imports module first
+    seed: int = 1  # of the networks, the actions and the environments
+    total_timesteps: int = 1_000_000  # steps of the whole run, all environments together [sec. 6.1]
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live; small ones are faster on the CPU
+    num_threads: int = 1  # CPU threads of PyTorch; small networks are fastest with one
+    compile: bool = False  # compile the gradient: slow first step, faster updates; needs a C++ compiler and Python.h
 
-    hidden_size: int = 64
-    """Width of the two hidden layers of actor and critic. [paper, sec. 6.1: 64]"""
-    init_log_std: float = -0.5
-    """Start value of the log standard deviation of the actions, in [-10, 10]. [arXiv 2006.05990, sec. 3.2: a std of
-    about 0.5]"""
-    learning_rate: float = 3e-4
-    """Step size of Adam at the start. [paper, table 3; Adam's ε, 1e-5: OpenAI Baselines, CleanRL]"""
-    anneal_lr: bool = True
-    """Let the learning rate fall linearly to 0 over the run. [paper, table 5, on Atari; arXiv 2006.05990]"""
-    num_epochs: int = 10
-    """Passes over the batch in one iteration. [paper, table 3]"""
-    num_minibatches: int = 32
-    """Gradient steps per pass, a divisor of num_envs * num_steps. [paper, table 3: minibatches of 64 samples]"""
-    gamma: float = 0.99
-    """Discount factor, in [0, 1]. [paper, table 3]"""
-    gae_lambda: float = 0.95
-    """Decay of the advantage estimator, in [0, 1]. [paper, table 3; arXiv 2006.05990, sec. 3.4: 0.9]"""
-    clip_coef: float = 0.2
-    """Epsilon of eq. 7: how far the probability ratio may move before its gradient stops. [paper, table 1: best]"""
-    value_coef: float = 0.5
-    """c1 of eq. 9, the weight of the value loss, the mean squared error; as Adam rescales and the networks are
-    separate, it acts through the joint gradient clipping. [SB3; OpenAI Baselines, CleanRL: 0.5 on half the square]"""
-    entropy_coef: float = 0.0
-    """c2 of eq. 9, the weight of the entropy bonus. [paper, sec. 6.1: none on MuJoCo]"""
-    value_clip: float | None = None
-    """Clip the change of a value per iteration to this, in units of scaled reward; None: not.
-    [OpenAI Baselines; arXiv 2006.05990: no gain]"""
-    max_grad_norm: float = 0.5
-    """Scale a gradient of larger norm, over all parameters, down to this. [Baselines; arXiv 2006.05990, sec. 3.3]"""
-    target_kl: float | None = None
-    """Leave the iteration after an epoch that has moved the policy beyond this estimated mean KL, in nats; None: never.
-    [Spinning Up. 0.03 helps on Humanoid, where clipping alone goes three times as far; elsewhere it costs returns:
-    benchmark/README.md]"""
-    recompute_advantages: bool = True
-    """Estimate the advantages anew with the current critic before every epoch. [arXiv 2006.05990, sec. 3.5]"""
-    center_advantages: bool = False
-    """Subtract the batch's mean from the advantages: worth it where a large part of every reward is the same, which
-    the critic takes long to learn. [OpenAI Baselines; the paper does not mention it]"""
-    normalize_advantages: bool = False
-    """Divide the batch's advantages by their standard deviation. [OpenAI Baselines; the paper does not mention it.
-    Those of a task that is solved are small and mostly noise: blown up to 1 they undo what was learned]"""
-    normalize_observations: bool = True
-    """Shift and scale observations by their running mean and standard deviation, and keep them within ±10.
-    [arXiv 2006.05990, sec. 3.3; the bound: OpenAI Baselines]"""
-    scale_rewards: bool = True
-    """Learn from rewards divided by the running std of the discounted return; reported ones stay raw. [Baselines]"""
+    # PPO, with the values of the paper
+    num_envs: int = 8  # N: environments stepped side by side [sec. 5: N actors]
+    num_steps: int = 256  # T: steps of each in one iteration; the batch is N * T [table 3: 2048 in all]
+    num_epochs: int = 10  # K: passes over the batch in one iteration [table 3]
+    num_minibatches: int = 32  # gradient steps per pass, a divisor of N * T [table 3: minibatches of 64]
+    learning_rate: float = 3e-4  # step size of Adam [table 3]
+    gamma: float = 0.99  # discount factor, in [0, 1] [table 3]
+    gae_lambda: float = 0.95  # decay of the advantage estimator, in [0, 1] [table 3]
+    clip_coef: float = 0.2  # ε of eq. 7: how far a ratio may move before its gradient stops [table 1]
+    value_coef: float = 0.5  # c1 of eq. 9, weight of the value loss [not given for separate networks; SB3]
+    entropy_coef: float = 0.0  # c2 of eq. 9, weight of the entropy bonus [sec. 6.1]
+    hidden_size: int = 64  # width of the two hidden layers of actor and critic [sec. 6.1]
 
-    run_dir: Path | None = None
-    """This run's own directory, one without a saved run; by default runs/<env>__<script>__<seed>__<time>."""
-    checkpoint_interval: int = 10
-    """Iterations between checkpoints; one more is written at the end, on Ctrl-C and on SIGTERM."""
-    resume: Path | None = None
-    """Go on with the run in this directory, with its arguments except those given beside this one; env_id, seed and
-    what the networks are made of stay."""
-    evaluate: Path | None = None
-    """Only play the policy saved in this directory."""
-    eval_episodes: int = 10
-    """Episodes of the deterministic evaluation at the end of training, or of --evaluate."""
-    capture_video: bool = False
-    """Record the first evaluation episode as an mp4 in the run directory's videos/."""
+    # beyond the paper
+    init_log_std: float = -0.5  # logarithm of the actions' std at the start [arXiv 2006.05990, sec. 3.2: std 0.5]
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run [the paper's table 5, for Atari]
+    max_grad_norm: float = 0.5  # scale a gradient of larger norm down to this [OpenAI Baselines]
+    recompute_advantages: bool = True  # estimate them anew before every epoch [arXiv 2006.05990, sec. 3.5; usual: once]
+    center_advantages: bool = False  # subtract the batch's mean from them [OpenAI Baselines; usual: per minibatch]
+    normalize_advantages: bool = False  # divide them by the batch's std [OpenAI Baselines; usual: per minibatch]
+    normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
+    scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
+    target_kl: float | None = None  # leave the iteration after an epoch beyond this mean KL, in nats [Spinning Up]
+
+    # the run
+    run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
+    checkpoint_interval: int = 10  # iterations between checkpoints; one more at the end, on Ctrl-C and on SIGTERM
+    resume: Path | None = None  # go on with the run in this directory; arguments that are not given anew stay
+    evaluate: Path | None = None  # only play the policy saved in this directory
+    eval_episodes: int = 10  # episodes of the noise-free evaluation after training, or of --evaluate
+    capture_video: bool = False  # record the first evaluation episode as an mp4 in the run directory's videos/
 
 
-LIMITS = {  # inclusive; a number that is not named here must be positive
-    "seed": (0, 2**62),
-    "num_threads": (1, 1024),
-    "init_log_std": (-10.0, 10.0),
-    "gamma": (0.0, 1.0),
-    "gae_lambda": (0.0, 1.0),
-    "value_coef": (0.0, 1e9),
-    "entropy_coef": (0.0, 1e9),
-}
-FIXED = ("env_id", "seed", "hidden_size", "init_log_std", "normalize_observations")  # a resumed run keeps these
+# ---------------------------------------------------------------------------- the algorithm
+def train(args: Args) -> Path:
+    """PPO, algorithm 1 of the paper: collect, estimate advantages, optimise the surrogate, repeat.
 
-
-# ---------------------------------------------------------------------------- networks
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all the data seen so far, in buffers, so that a checkpoint carries them."""
-
-    def __init__(self, shape: tuple[int, ...] = (), limit: float = 10.0):
-        super().__init__()
-        self.limit = limit
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # what `normalize` needs of them, in float32
-        self.register_buffer("scale", torch.ones(shape))
-
-    @torch.no_grad()
-    def update(self, x: torch.Tensor) -> None:
-        """Take in x, [batch, *shape]; exact however the data is batched (Chan et al. 1979)."""
-        x = x.double()
-        mean, var, count = x.mean(0), x.var(0, unbiased=False), len(x)
-        delta, total = mean - self.mean, self.count + count
-        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
-        self.mean.add_(delta * count / total)
-        self.count.copy_(total)
-        self.shift.copy_(self.mean)
-        self.scale.copy_(torch.rsqrt(self.var + 1e-8))
-
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., *shape] in standard deviations from the mean, within ± the limit."""
-        x = x.to(self.shift.dtype)  # environments observe in float64
-        return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
-
-
-class RewardScaler(RunningMeanStd):
-    """Scales rewards by the standard deviation of the discounted return, so that values are of order 1."""
-
-    @torch.no_grad()
-    def forward(self, rewards: torch.Tensor, dones: torch.Tensor, gamma: float, running: torch.Tensor) -> torch.Tensor:
-        """rewards and dones [num_steps, num_envs]; running [num_envs], each environment's discounted
-        return so far, is carried on in place. The batch enters the statistics before it is scaled. What comes
-        out is not clipped; OpenAI Baselines clip it at ±10."""
-        returns = []
-        for reward, done in zip(rewards, dones):
-            running.mul_(gamma).add_(reward)
-            returns.append(running.clone())
-            running[done.bool()] = 0.0
-        self.update(torch.cat(returns))
-        return rewards * self.scale
-
-
-def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
-    """Tanh layers of these sizes, orthogonally initialised; the last one is linear with its own gain."""
-    layers = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, 2**0.5)
-        nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, last_gain)
-    return nn.Sequential(*layers[:-1])
-
-
-class Agent(nn.Module):
-    """Actor and critic without shared parameters (PPO paper, sec. 6.1), and the statistics of what they observe.
-
-    Takes the single environment's spaces: a flat Box of observations, a Box of actions of any shape.
+    Returns the run directory. Raises RefusedError, before any work, for arguments that cannot work, FloatingPointError
+    for a NaN or an infinity, and SystemExit after Ctrl-C or SIGTERM. Checkpoints already written stay good.
     """
+    check_args(args)
+    torch.manual_seed(args.seed)
+    with closing(make_envs(args)) as envs:  # closed whatever ends the block
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # fused: faster
+        reward_scaler = RewardScaler(args.num_envs, args.gamma).to(args.device)
 
-    def __init__(
-        self,
-        observation_space: gym.Space,
-        action_space: gym.Space,
-        hidden_size: int = 64,
-        init_log_std: float = -0.5,
-        normalize_observations: bool = True,
-    ):
-        super().__init__()
-        obs_size, action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
-        # A last actor layer close to 0 starts with the same wide distribution everywhere (arXiv 2006.05990).
-        self.actor_mean = mlp([obs_size, hidden_size, hidden_size, action_size], last_gain=0.01)
-        self.actor_log_std = nn.Parameter(torch.full((action_size,), float(init_log_std)))
-        self.critic = mlp([obs_size, hidden_size, hidden_size, 1], last_gain=1.0)
-        # Statistics that `train` never updates change nothing, and then nothing is to be cut off either.
-        self.obs_stats = RunningMeanStd((obs_size,), limit=10.0 if normalize_observations else float("inf"))
+        with closing(Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)) as run:
+            obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new episodes
+            while not run.finished:
+                # Run the policy π_old in N environments for T steps.
+                rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+                if args.scale_rewards:
+                    rollout = rollout._replace(rewards=reward_scaler(rollout.rewards, rollout.dones))
 
-    def distribution(self, obs: torch.Tensor) -> Distribution:
-        """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
-        mean = self.actor_mean(self.obs_stats.normalize(obs))
-        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
+                # Estimate the advantages of the actions taken.
+                advantages, returns = estimate_advantages(agent, rollout, args)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(obs), [batch], in units of scaled reward, for obs [batch, obs_size]."""
-        return self.critic(self.obs_stats.normalize(obs)).squeeze(-1)
+                # Optimise the surrogate in K epochs of minibatches.
+                progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
+                metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-
-# ---------------------------------------------------------------------------- mathematics
-
-
-def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    next_values: torch.Tensor,
-    terminations: torch.Tensor,
-    dones: torch.Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalized advantage estimation (GAE paper, eq. 16; PPO paper, eq. 11 and 12).
-
-    All tensors are [num_steps, num_envs]. `values[t]` is V of the state in which step t was taken,
-    `next_values[t]` V of the state it really led to: of the last observation of the episode where one
-    ended, not of the next one's first. `terminations` says that nothing follows that state, `dones`
-    (terminated or truncated) that the episode ended there: the first stops the bootstrap, the second
-    the sum over later steps. Returns (advantages, returns), with returns = advantages + values the
-    targets of the critic.
-    """
-    deltas = rewards + gamma * next_values.masked_fill(terminations.bool(), 0.0) - values  # PPO eq. 12
-    decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
-    advantage, advantages = torch.zeros_like(values[0]), []
-    for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
-        advantage = delta + decay * advantage  # PPO eq. 11, from the last step to the first
-        advantages.append(advantage)
-    advantages = torch.stack(advantages[::-1])
-    return advantages, advantages + values
-
-
-def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_coef: float) -> torch.Tensor:
-    """L^CLIP of each sample (eq. 7), to be maximised; ratio = π(a|s) / π_old(a|s), all [batch].
-
-    The minimum takes the clipping only where it lowers the objective: a step can stop to pay, but a
-    ratio on the wrong side of 1 is always pulled back.
-    """
-    return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
-
-
-def squared_error(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, value_clip: float | None
-) -> torch.Tensor:
-    """(V - V_targ)² of each sample (eq. 9), all [batch]; with value_clip the larger of it and the same
-    with V kept within value_clip of old_values (OpenAI Baselines)."""
-    error = (values - returns) ** 2
-    if value_clip is not None:
-        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-        error = torch.max(error, (clipped - returns) ** 2)
-    return error
+                # The result is the next π_old. Its view of observations changes only now, between two iterations.
+                if args.normalize_observations:
+                    agent.obs_stats.update(rollout.obs.flatten(0, 1))
+                run.log(episodes, metrics)
+            run.finish()
+    return run.run_dir
 
 
 # ---------------------------------------------------------------------------- one iteration
-
-
 class Rollout(NamedTuple):
     """What one iteration has seen, each [num_steps, num_envs, ...]."""
 
-    obs: torch.Tensor
-    actions: torch.Tensor  # as sampled, before the environment's box clips them
-    rewards: torch.Tensor  # raw
-    next_obs: torch.Tensor  # the true successor, also where an episode ended
-    terminations: torch.Tensor
-    dones: torch.Tensor  # terminated or truncated
+    obs: Tensor
+    actions: Tensor  # as sampled, before they are clipped to the environment's bounds
+    rewards: Tensor
+    next_obs: Tensor  # the true successor, also where an episode ended
+    terminations: Tensor  # the episode ended in a state that nothing follows
+    dones: Tensor  # the episode ended, terminated or truncated
 
 
 @torch.no_grad()
 def collect(
-    envs: gym.vector.VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
+    envs: VectorEnv, agent: Agent, obs: np.ndarray, num_steps: int, global_step: int
 ) -> tuple[Rollout, np.ndarray, list[tuple[int, float, int]]]:
-    """Run the policy for num_steps in each of envs (made by make_envs), from obs [num_envs, obs_size] on.
+    """Run the policy for num_steps in each of envs (made by `make_envs`), from obs [num_envs, obs_size] on.
 
-    Returns (rollout, the observations to go on from, the finished episodes as (step, return, length)).
-    Raises FloatingPointError at the first NaN or infinity that an environment returns.
+    Returns (rollout with raw rewards, the observations to go on from, the finished episodes as (global step, raw
+    return, length)). Raises FloatingPointError at the first NaN or infinity that an environment returns.
     """
-    action_space, device = envs.single_action_space, agent.actor_log_std.device
-    obs, steps, episodes = obs.astype(np.float32), [], []
-    if not np.isfinite(obs).all():
-        raise FloatingPointError(
-            f"the environment returned an observation that is NaN or infinite at step {global_step}"
-        )
+    action_space = envs.single_action_space
+    device = agent.actor_log_std.device
+    steps = []
+    episodes = []
     for _ in range(num_steps):
+        check_finite("an observation", obs, global_step)
         action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
-        # Only the environment sees the clipped action: its log-probability would be another density's.
-        env_action = action.reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
-        next_obs, reward, terminated, truncated, infos = envs.step(env_action)
-        next_obs, reward = next_obs.astype(np.float32), reward.astype(np.float32)
-        successor, done = next_obs, terminated | truncated
-        if done.any():  # these environments have already started their next episode; next_obs is its beginning
+        # The environment gets the action within its bounds. The rollout keeps it as sampled, for its log-probability.
+        bounded_action = action.reshape(-1, *action_space.shape).clip(action_space.low, action_space.high)
+        next_obs, reward, terminated, truncated, infos = envs.step(bounded_action)
+        done = terminated | truncated
+        successor = next_obs
+        if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            whole = done & np.logical_not(infos["final_info"].get("cut", False))  # what Staggered cut is no episode
+            whole = done & ~infos["final_info"].get("cut_short", np.False_)  # `Staggered` cuts one: not to be reported
             for i in np.flatnonzero(whole):
-                step = int(global_step + 1 + i)  # one of its own: TensorBoard shows one value a step
+                step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
                 episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         global_step += envs.num_envs
-        if not (np.isfinite(reward).all() and np.isfinite(successor).all() and np.isfinite(next_obs).all()):
-            what = "an observation" if np.isfinite(reward).all() else "a reward"
-            raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {global_step}")
-        steps.append((obs, action, reward, successor, terminated, done))
+        check_finite("a reward", reward, global_step)
+        steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
         obs = next_obs
-    rollout = Rollout(*(torch.as_tensor(np.stack(column), device=device) for column in zip(*steps)))
+
+    # From a list of steps to one tensor for each field of the rollout.
+    rollout = Rollout(*(torch.as_tensor(np.stack(field), device=device) for field in zip(*steps)))
     return rollout, obs, episodes
 
 
 @torch.no_grad()
-def estimate_advantages(
-    agent: Agent, rollout: Rollout, rewards: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(advantages, returns, values) of the rollout by the current critic, each [num_steps * num_envs]."""
+def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
-    # What step t led to is what step t + 1 started from, except after the last step and where an episode ended.
+    # Step t led to what step t + 1 started from, except at the end of the rollout and of an episode.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(
-        rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
+        rollout.rewards, values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
     mean, std = advantages.mean(), advantages.std(correction=0)
     if args.center_advantages:
         advantages = advantages - mean
     if args.normalize_advantages:
         advantages = advantages / (std + 1e-8)
-    return advantages.flatten(), returns.flatten(), values.flatten()
-
-
-@torch.no_grad()
-def approximate_kl(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
-    """KL(π_old ‖ π) estimated from the actions taken: mean of r - 1 - log r, unbiased and never negative
-    (estimator k3 of http://joschu.net/blog/kl-approx.html)."""
-    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
-    return (log_ratio.exp() - 1.0 - log_ratio).mean()
-
-
-def loss_gradient(
-    agent: Agent, parameters: list[nn.Parameter], minibatch: tuple[torch.Tensor, ...], args: Args
-) -> list[torch.Tensor]:
-    """Gradient of -L^{CLIP+VF+S} (eq. 9) over one minibatch, one tensor a parameter, its norm clipped."""
-    obs, actions, old_log_probs, advantages, returns, old_values = minibatch
-    distribution = agent.distribution(obs)
-    ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
-    objective = clipped_surrogate(ratio, advantages, args.clip_coef).mean()  # eq. 7
-    value_loss = squared_error(agent.value(obs), old_values, returns, args.value_clip).mean()
-    loss = -objective + args.value_coef * value_loss
-    if args.entropy_coef > 0.0:
-        loss = loss - args.entropy_coef * distribution.entropy().mean()
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 for parameters that it does not use
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    # Each laid out in memory as its parameter: fused Adam goes through both in that order, and would mix up another.
-    return [torch.mul(gradient, scale, out=torch.empty_like(p)) for p, gradient in zip(parameters, gradients)]
+    return advantages.flatten(), returns.flatten()
 
 
 def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, rewards: torch.Tensor, args: Args, gradient
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args
 ) -> dict[str, float]:
-    """Learn from one rollout: num_epochs passes of minibatch gradient steps on eq. 9.
+    """num_epochs passes of minibatch gradient steps on eq. 9, with advantages and returns [num_steps * num_envs].
 
-    `rewards` [num_steps, num_envs] are the scaled ones, `gradient` is `loss_gradient` or its compiled
-    form. Returns the scalars for the log, taken over the whole batch after the last step (the explained
-    variance before the first).
+    Returns the scalars for the log. They describe the whole batch, after the last step where nothing else is said.
     """
-    obs, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1)
-    parameters = [p for p in agent.parameters() if p.requires_grad]
-    with torch.no_grad():  # in the pass that the first gradient step repeats, so that every ratio starts at 1
-        old_log_probs = agent.distribution(obs).log_prob(actions)
-    advantages, returns, old_values = estimate_advantages(agent, rollout, rewards, args)
-    explained_variance = 1.0 - (returns - old_values).var() / (returns.var() + 1e-8)
+    obs = rollout.obs.flatten(0, 1)  # [num_steps * num_envs, obs_size]
+    actions = rollout.actions.flatten(0, 1)
+    with torch.no_grad():
+        old_log_probs = agent.distribution(obs).log_prob(actions)  # the agent is π_old until its first gradient step
+        explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
+    gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
     for epoch in range(args.num_epochs):
-        if epoch > 0 and args.recompute_advantages:
-            advantages, returns, _ = estimate_advantages(agent, rollout, rewards, args)
-        shuffle = torch.randperm(len(obs), device=obs.device)
-        batch = (obs, actions, old_log_probs, advantages, returns, old_values)
-        for minibatch in zip(*(x[shuffle].chunk(args.num_minibatches) for x in batch)):
-            for parameter, grad in zip(parameters, gradient(agent, parameters, minibatch, args)):
-                parameter.grad = grad
+        if epoch > 0 and args.recompute_advantages:  # the critic has learned in the meantime
+            advantages, returns = estimate_advantages(agent, rollout, args)
+        order = torch.randperm(len(obs), device=obs.device)
+        batch = (obs, actions, old_log_probs, advantages, returns)
+        for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
+            optimizer.zero_grad()
+            gradient(agent, *minibatch, args)
             optimizer.step()
         if args.target_kl is not None and approximate_kl(agent, obs, actions, old_log_probs) > args.target_kl:
             break
@@ -447,217 +237,324 @@ def update(
         ratio = (distribution.log_prob(actions) - old_log_probs).exp()
         metrics = {
             "losses/policy_loss": -clipped_surrogate(ratio, advantages, args.clip_coef).mean(),
-            "losses/value_loss": squared_error(agent.value(obs), old_values, returns, args.value_clip).mean(),
+            "losses/value_loss": ((agent.value(obs) - returns) ** 2).mean(),
             "losses/entropy": distribution.entropy().mean(),
             "losses/approx_kl": approximate_kl(agent, obs, actions, old_log_probs),
             "losses/clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
-            "losses/explained_variance": explained_variance,
+            "losses/explained_variance": explained_variance,  # before the first step
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
         }
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------------------- the algorithm
+def compute_gradient(
+    agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, returns: Tensor, args: Args
+) -> None:
+    """Put the gradient of -L^{CLIP+VF+S} (eq. 9) over one minibatch into the parameters' `.grad`, its norm clipped.
 
-
-def train(args: Args) -> Path:
-    """PPO, algorithm 1 of the paper: collect, estimate advantages, optimise the surrogate, repeat.
-
-    Returns the run directory. Raises RefusedError before any work for arguments that cannot work,
-    FloatingPointError when a NaN or an infinity turns up, OSError when the disk is full; the last checkpoint is then
-    still good. Ctrl-C and SIGTERM end it with SystemExit, the checkpoint saved.
-    Resume from Python with train(parse_args(["--resume", str(run_dir), "--total-timesteps", "2000000"])), which
-    takes all other arguments from the run.
+    obs [batch, obs_size], actions [batch, action_size], the others [batch].
     """
-    if args.evaluate:
-        raise RefusedError(f"evaluate: {args.evaluate} was given to train; main(['--evaluate', RUN_DIR]) plays it")
-    check_args(args)
-    envs = make_envs(args)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    spaces = envs.single_observation_space, envs.single_action_space
-    agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    reward_scaler = RewardScaler().to(device)
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.compile see through torch.autograd.grad
-    gradient = torch.compile(loss_gradient) if args.compile else loss_gradient
+    distribution = agent.distribution(obs)
+    ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
+    objective = clipped_surrogate(ratio, advantages, args.clip_coef).mean()  # L^CLIP, eq. 7
+    value_loss = ((agent.value(obs) - returns) ** 2).mean()  # L^VF
+    loss = -objective + args.value_coef * value_loss
+    if args.entropy_coef > 0.0:
+        loss = loss - args.entropy_coef * distribution.entropy().mean()  # S
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
 
-    batch_size = args.num_envs * args.num_steps
-    discounted_returns = torch.zeros(args.num_envs, device=device)
-    with Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler) as run:
-        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # a resumed run draws on, and so plays new episodes
-        while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
-            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
-            rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
-            rewards = rollout.rewards
-            if args.scale_rewards:
-                rewards = reward_scaler(rewards, rollout.dones, args.gamma, discounted_returns)
-            metrics = update(agent, optimizer, rollout, rewards, args, gradient)
-            if args.normalize_observations:  # only now: while it collects and learns, the policy sees one normalisation
-                agent.obs_stats.update(rollout.obs.flatten(0, 1))
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            run.log(batch_size, episodes, metrics)
-    envs.close()
-    report_evaluation(agent, args, run.run_dir)
-    return run.run_dir
+
+# ---------------------------------------------------------------------------- mathematics
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminations: Tensor, dones: Tensor,
+    gamma: float, gae_lambda: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Generalized advantage estimation (GAE paper, eq. 16; PPO paper, eq. 11 and 12).
+
+    All tensors are [num_steps, num_envs]. `values[t]` is V of the state in which step t was taken, `next_values[t]` V
+    of the one that it really led to. Of three steps s0 → s1 → s2 | u0 → u1, where the second ended an episode in s2 and
+    the third began the next one in u0:
+
+        values      = [V(s0), V(s1), V(u0)]
+        next_values = [V(s1), V(s2), V(u1)]     # V(s2), not V(u0)
+        dones       = [False, True,  False]     # dones[t] belongs to step t; some codes shift it by one
+
+    `terminations` says that nothing follows the state, and stops the bootstrap; `dones`, that the episode was
+    terminated or truncated there, and stops the sum over later steps. Returns (advantages, returns), with returns =
+    advantages + values the targets of the critic.
+    """
+    deltas = rewards + gamma * next_values.masked_fill(terminations.bool(), 0.0) - values  # PPO eq. 12
+    decays = gamma * gae_lambda * (1.0 - dones.to(values.dtype))
+    advantage = torch.zeros_like(values[0])
+    advantages = []
+    for delta, decay in zip(deltas.flip(0), decays.flip(0)):  # from the last step to the first
+        advantage = delta + decay * advantage  # PPO eq. 11
+        advantages.append(advantage)
+    advantages = torch.stack(advantages).flip(0)
+    return advantages, advantages + values
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """L^CLIP of each sample (eq. 7), to be maximised; ratio = π(a|s) / π_old(a|s), all [batch].
+
+    The minimum takes the clipped term only where that is the smaller one: moving further can stop paying off, but a
+    ratio on the wrong side of 1 is always pulled back.
+    """
+    return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
+
+
+@torch.no_grad()
+def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
+    """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
+
+    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for actions that π was not fitted to; here π
+    was, so what it says beyond the KL is noise and overfitting to these very actions.
+    """
+    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
+    return (log_ratio.exp() - 1.0 - log_ratio).mean()
+
+
+# ---------------------------------------------------------------------------- networks and running statistics
+class Agent(nn.Module):
+    """Actor and critic without shared parameters (sec. 6.1), and the statistics of what they observe.
+
+    Takes the single environment's spaces: a flat Box of observations, a Box of actions of any shape.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args | None = None):
+        super().__init__()
+        args = args or Args()
+        obs_size = gym.spaces.flatdim(observation_space)
+        action_size = gym.spaces.flatdim(action_space)
+        # A last actor layer close to 0 starts with the same wide distribution everywhere (arXiv 2006.05990).
+        self.actor_mean = mlp([obs_size, args.hidden_size, args.hidden_size, action_size], last_gain=0.01)
+        self.actor_log_std = nn.Parameter(torch.full((action_size,), float(args.init_log_std)))
+        self.critic = mlp([obs_size, args.hidden_size, args.hidden_size, 1], last_gain=1.0)
+        self.obs_stats = RunningMeanStd((obs_size,))  # mean 0 and std 1 unless `train` updates it
+        self.obs_limit = 10.0 if args.normalize_observations else torch.inf
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """obs [..., obs_size] in standard deviations from the mean, within ± the limit, in the networks' precision."""
+        return self.obs_stats.normalize(obs).clamp(-self.obs_limit, self.obs_limit).to(self.actor_log_std.dtype)
+
+    def distribution(self, obs: Tensor) -> Distribution:
+        """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
+        mean = self.actor_mean(self.normalize(obs))
+        # Without PyTorch's checks of the arguments, which cost more than the arithmetic.
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """V(obs), [...], in units of scaled reward, for obs [..., obs_size]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+
+def mlp(sizes: list[int], last_gain: float) -> nn.Sequential:
+    """Layers of these sizes with tanh between them, orthogonal weights and biases of 0."""
+    layers = []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, 2**0.5)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    nn.init.orthogonal_(linear.weight, last_gain)  # the last layer has a gain of its own, and no tanh behind it
+    return nn.Sequential(*layers[:-1])
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all the data seen so far, in buffers, so that a checkpoint carries them."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("inverse_std", torch.ones(shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in x, [batch, *shape]; exact however the data is batched (Chan et al. 1979)."""
+        x = x.double()
+        mean, var, count = x.mean(0), x.var(0, correction=0), len(x)
+        delta, total = mean - self.mean, self.count + count
+        self.var.copy_((self.var * self.count + var * count + delta**2 * self.count * count / total) / total)
+        self.mean.add_(delta * count / total)
+        self.count.copy_(total)
+        self.inverse_std.copy_(torch.rsqrt(self.var + 1e-8))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """x [..., *shape] in standard deviations from the mean, in float64: a signal on a large offset survives."""
+        return (x - self.mean) * self.inverse_std
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the std of a discounted sum of past rewards (OpenAI Baselines), so that V is of order 1."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+        self.stats = RunningMeanStd()
+        self.register_buffer("discounted_sums", torch.zeros(num_envs), persistent=False)  # of episodes under way
+
+    @torch.no_grad()
+    def forward(self, rewards: Tensor, dones: Tensor) -> Tensor:
+        """The scaled rewards, for rewards and dones [num_steps, num_envs], which enter the statistics first."""
+        sums = []
+        for reward, done in zip(rewards, dones):
+            self.discounted_sums.mul_(self.gamma).add_(reward)
+            sums.append(self.discounted_sums.clone())
+            self.discounted_sums[done] = 0.0
+        self.stats.update(torch.cat(sums))
+        # At least 1e-4 of the mean, where the sum hardly varies; a fixed floor would make a difference between units.
+        std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
+        return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 
 
 # ---------------------------------------------------------------------------- environments and evaluation
-
-
-class RefusedError(ValueError):
-    """An argument that cannot work, found before any work was done."""
-
-
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment with observations flattened to a vector. Raises RefusedError where it does not exist or fit."""
-    try:
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-        if render_mode:  # what is missing for a video shows at the first frame, so before any training
-            env.reset()
-            model = getattr(env.unwrapped, "model", None)
-            if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
-                # Gymnasium 1.4 takes a camera that stands still, and HalfCheetah runs out of its picture.
-                env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
-            env.render()
-    except Exception as error:  # an environment is other people's code
-        hint = "; Atari games are played by ppo_atari.py" if env_id.startswith("ALE/") else ""
-        if render_mode and sys.platform == "linux":
-            hint += "; the environment variable MUJOCO_GL=egl, or osmesa, may help"
-        what = "made" if render_mode is None else "made for --capture-video"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason}){hint}") from error
-    if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
-        raise RefusedError(
-            f"env_id: {env_id} has the action space {env.action_space}, but this script needs continuous actions "
-            f"(a Box of floats), and ppo_atari.py an Atari game; HalfCheetah-v5 and Pendulum-v1 would work"
-        )
-    if not env.observation_space.is_np_flattenable:
-        raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but this script needs a vector")
-    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-        env = gym.wrappers.FlattenObservation(env)
-    return env
+def make_envs(args: Args) -> VectorEnv:
+    """num_envs environments, stepped one after the other. SAME_STEP: the step that ends an episode already returns the
+    first observation of the next one, and its own last observation in infos["final_obs"]."""
+    with ExitStack() as opened:  # closed again where a later one fails
+        envs = []
+        for i in range(args.num_envs):
+            env = opened.enter_context(make_env(args.env_id))
+            envs.append(Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs))
+        makers = [lambda env=env: env for env in envs]
+        vector_env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        opened.pop_all()
+    return gym.wrappers.vector.RecordEpisodeStatistics(vector_env)
 
 
 class Staggered(gym.Wrapper):
-    """Cuts one episode short, after `steps` steps. Where no episode ends before its time limit (HalfCheetah), the
-    environments would else pass through their episodes in step, and every batch hold a single phase of them. (A limit
-    that only the environment itself knows is none that `make_envs` could spread: give it in a TimeLimit.)"""
+    """Cuts one episode short: the one that is under way after `steps_until_cut` steps (0: none).
 
-    def __init__(self, env: gym.Env, steps: int):
+    Where no episode ends before its time limit (HalfCheetah), the environments would otherwise go through their
+    episodes in step, and every batch would hold a single phase of them.
+    """
+
+    def __init__(self, env: gym.Env, steps_until_cut: int):
         super().__init__(env)
-        self.steps = steps
+        self.steps_until_cut = steps_until_cut
 
-    # Training reads nothing of info but "cut"; the vector environment would merge the rest key by key at every step.
+    # The task's own infos are left out: training reads none, and merging them at every step would be slow.
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        self.steps -= 1
-        cut = self.steps == 0 and not (terminated or truncated)
-        if terminated or truncated or cut:
-            obs = np.copy(obs)  # the reset may fill the same array again
-        return obs, reward, terminated, truncated or cut, {"cut": True} if cut else {}
+        self.steps_until_cut -= 1
+        cut_short = self.steps_until_cut == 0 and not (terminated or truncated)
+        if terminated or truncated or cut_short:
+            obs = np.copy(obs)  # the reset that follows at once may fill the same array again
+        return obs, reward, terminated, truncated or cut_short, {"cut_short": True} if cut_short else {}
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """num_envs environments stepped together. SAME_STEP: the step that ends an episode already returns the
-    first observation of the next one, and its own last observation in infos["final_obs"]."""
-    script = os.getpid()
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+    """The environment with observations flattened to a vector; with video_dir the first episode is recorded there.
 
-    def make(i: int) -> gym.Env:
-        if os.getpid() != script and os.name == "posix":  # in a process of its own
-            os.setpgrp()  # Ctrl-C and the signals of a scheduler go to a group; they are for the script alone
-        env = make_env(args.env_id)
-        return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
-
-    vector_env = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
-    envs = vector_env([partial(make, i) for i in range(args.num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    Raises RefusedError where it cannot be made or does not fit.
+    """
+    if video_dir and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display; MuJoCo reads it when it is imported
+    with ExitStack() as opened:  # closed again where what follows fails
+        try:
+            env = opened.enter_context(gym.make(env_id, **({"render_mode": "rgb_array"} if video_dir else {})))
+            if video_dir:
+                env.reset()
+                model = getattr(env.unwrapped, "model", None)
+                if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
+                    # Gymnasium takes a camera that stands still, and HalfCheetah runs out of its picture.
+                    env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
+                env.render()
+                env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, disable_logger=True)
+        except Exception as error:  # an environment is other people's code
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            what = "filmed" if video_dir else "made"
+            raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason})") from error
+        if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
+            raise RefusedError(f"env_id: {env_id} has the actions {env.action_space}, but a Box of floats is needed")
+        if not env.observation_space.is_np_flattenable:
+            raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but a vector is needed")
+        if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+            env = gym.wrappers.FlattenObservation(env)
+        opened.pop_all()
+        return env
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, env_id: str, num_episodes: int, seed: int, video_dir: Path | None = None) -> np.ndarray:
-    """Raw returns [num_episodes] of the policy's mean action; agent and statistics stay as they are.
+def evaluate(args: Args, run_dir: Path) -> np.ndarray:
+    """Raw returns [eval_episodes] of the policy that is saved in run_dir, with its mean actions, on the CPU.
 
-    A task without a time limit gets one of 10,000 steps. With video_dir the first episode is recorded there as an mp4.
-    Raises FloatingPointError at the first NaN or infinity that the environment returns.
+    Raises RefusedError where there is none that fits, FloatingPointError for a NaN or an infinity.
     """
-    env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
-    if env.spec.max_episode_steps is None:  # nothing else might end an episode of a policy that never fails
-        env = gym.wrappers.TimeLimit(env, 10_000)
-    if video_dir:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda i: i == 0, disable_logger=True)
-    returns = np.zeros(num_episodes)
-    for i in range(num_episodes):
-        obs, _ = env.reset(seed=seed if i == 0 else None)
-        done, finite = False, np.isfinite(obs).all()
-        while finite and not done:
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=agent.actor_log_std.device)
-            action = agent.distribution(obs[None]).mean[0].cpu().numpy().reshape(env.action_space.shape)
-            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
-            returns[i] += reward
-            done = terminated or truncated
-            finite = np.isfinite(obs).all() and np.isfinite(reward)
-        if not finite:
-            raise FloatingPointError(f"the environment returned a NaN or an infinity in evaluation episode {i + 1}")
-    env.close()
+    returns = np.zeros(args.eval_episodes)
+    with make_env(args.env_id, run_dir / "videos" if args.capture_video else None) as env:
+        agent = Agent(env.observation_space, env.action_space, args)
+        load_checkpoint(run_dir, agent=agent)
+        for episode in range(args.eval_episodes):
+            obs, _ = env.reset(seed=args.seed + 10_000 if episode == 0 else None)
+            for step in itertools.count(1):
+                check_finite("an observation", obs, f"{step - 1} of evaluation episode {episode + 1}")
+                action = agent.distribution(torch.as_tensor(obs)[None]).mean[0].numpy().reshape(env.action_space.shape)
+                action = action.clip(env.action_space.low, env.action_space.high)
+                obs, reward, terminated, truncated, _ = env.step(action)
+                check_finite("a reward", reward, f"{step} of evaluation episode {episode + 1}")
+                returns[episode] += reward
+                if terminated or truncated:
+                    break
+                if step == 10_000 and env.spec.max_episode_steps is None:  # nothing else might end it
+                    print(f"evaluation episode {episode + 1} was cut at 10,000 steps, as the task has no time limit")
+                    break
     return returns
 
 
-def report_evaluation(agent: Agent, args: Args, run_dir: Path) -> None:
-    """Evaluate with args and print what came out."""
-    video_dir = run_dir / "videos" if args.capture_video else None
-    returns = evaluate(agent, args.env_id, args.eval_episodes, args.seed + 10_000, video_dir)
-    print(f"run directory: {run_dir}")
-    print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
-    if video_dir:
-        print(f"video: {video_dir}")
+def check_finite(what: str, values: np.ndarray, step: int | str) -> None:
+    if not np.isfinite(values).all():
+        raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {step}")
 
 
-# ---------------------------------------------------------------------------- runs and checkpoints
-
-
+# ---------------------------------------------------------------------------- bookkeeping: nothing of PPO below here
 class Run:
-    """The bookkeeping around `train`: run directory, log, progress bar, checkpoints, resume, stop signals.
-
-    `parts` are what a checkpoint holds besides the counters: anything with state_dict and load_state_dict.
-    """
+    """Run directory, log, progress bar, checkpoints, stop signals. `parts` are what a checkpoint holds besides counters
+    and random state: whatever has a state_dict. With --resume they are loaded here."""
 
     def __init__(self, args: Args, **parts):
-        self.args, self.parts = args, parts
-        self.global_step = self.iterations = self.stop_signal = 0
+        self.args = args
+        self.parts = parts
+        self.batch_size = args.num_envs * args.num_steps
+        self.global_step = 0
         self.recent_returns = deque(maxlen=100)
-        self.run_dir = Path(args.resume or args.run_dir or free_run_dir(args))
+        self.stop_signal = 0
         if args.resume:
-            self.restore(load_checkpoint(args.resume))
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(plain(args), indent=2)
-            (self.run_dir / "args.json").write_text(text + "\n")
-            self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
-            self.writer.add_text("args", f"```\n{text}\n```", self.global_step)  # here also those before a resume
-        except OSError as error:
-            raise RefusedError(f"run_dir: {self.run_dir} cannot be written ({error.strerror})") from error
-        self.save()  # a run killed before its first checkpoint resumes too
+            checkpoint = load_checkpoint(args.resume, **parts)
+            self.global_step = checkpoint["global_step"]
+            self.recent_returns.extend(checkpoint["recent_returns"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if torch.cuda.is_initialized() and len(checkpoint["cuda_rng"]):
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            time.sleep(1.01 - time.time() % 1.0)  # event files are read in the order of the seconds in their names
+        self.run_dir = make_run_dir(args)
+        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.writer.add_text("args", f"```\n{(self.run_dir / 'args.json').read_text()}```", self.global_step)
+        self.save()  # a run that is killed before its next checkpoint resumes too
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
-        self.start_time, self.start_step = time.perf_counter(), self.global_step
-        # A signal is answered between two iterations, so that the last checkpoint is the state of whole iterations.
-        # Python takes handlers from the main thread only; in another one, signals are left to the program around it.
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.old_handlers = {s: signal.signal(s, self.stop) for s in signals}
+        main_thread = threading.current_thread() is threading.main_thread()  # Python takes handlers from no other
+        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        self.old_handlers = {number: signal.signal(number, self.stop) for number in numbers}
 
-    def stop(self, signal_number: int, frame) -> None:
+    def stop(self, number: int, frame) -> None:
         if self.stop_signal:  # asked twice: at once, with the last checkpoint
-            sys.exit(128 + signal_number)
-        self.stop_signal = signal_number
+            sys.exit(128 + number)
+        self.stop_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
 
-    def log(self, steps: int, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Count one iteration, write its scalars, and save a checkpoint when one is due."""
-        self.global_step += steps
-        self.iterations += 1
+    @property
+    def finished(self) -> bool:
+        return self.stop_signal > 0 or self.global_step + self.batch_size > self.args.total_timesteps
+
+    def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
+        """Count one iteration, write its scalars, move the bar, and save a checkpoint when one is due."""
+        self.global_step += self.batch_size
+        metrics["charts/SPS"] = (self.global_step - self.bar.initial) / self.bar.format_dict["elapsed"]
         for name, value in metrics.items():
             if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after the update at step {self.global_step}")
@@ -666,212 +563,149 @@ class Run:
             self.writer.add_scalar("charts/episodic_return", episodic_return, step)
             self.writer.add_scalar("charts/episodic_length", length, step)
             self.recent_returns.append(episodic_return)
-        speed = (self.global_step - self.start_step) / (time.perf_counter() - self.start_time)
-        self.writer.add_scalar("charts/SPS", speed, self.global_step)
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
-        self.bar.update(steps)
-        if self.iterations % self.args.checkpoint_interval == 0:
+        self.bar.update(self.batch_size)
+        if self.global_step // self.batch_size % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
         self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
-        counters = {"global_step": self.global_step, "recent_returns": list(self.recent_returns)}
-        save_checkpoint(self.run_dir, self.args, **counters, **self.parts)
+        save_checkpoint(self.run_dir, self.args, self.global_step, list(self.recent_returns), **self.parts)
 
-    def restore(self, checkpoint: dict) -> None:
-        self.global_step = checkpoint["global_step"]
-        self.recent_returns.extend(checkpoint["recent_returns"])
-        load_parts(checkpoint, **self.parts)
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if torch.cuda.is_initialized() and len(checkpoint["cuda_rng"]):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, error, *_) -> None:
-        """Save the last checkpoint unless an error ended the run, and exit with the shell's status after a signal."""
-        # A signal that goes to every process (Slurm, systemd) ends the environments' ones: a stop like any other.
-        if self.stop_signal and error and issubclass(error, (EOFError, ConnectionError, KeyboardInterrupt)):
-            error = None
-        try:
-            if error is None:
-                self.save()
-        finally:  # also where the disk is full
-            self.bar.close()
-            for signal_number, handler in self.old_handlers.items():
-                signal.signal(signal_number, handler)
-            self.writer.close()
-        if self.recent_returns and error is None:
-            recent = np.array(self.recent_returns)
-            print(f"training: {recent.mean():.1f} ± {recent.std():.1f} over the last {len(recent)} episodes")
-        if self.stop_signal and error is None:
-            batch_size = self.args.num_envs * self.args.num_steps
-            done = self.global_step + batch_size > self.args.total_timesteps  # the signal came in the last iteration
-            print(f"stopped at step {self.global_step}; go on with --{'evaluate' if done else 'resume'} {self.run_dir}")
+    def finish(self) -> None:
+        """Save the last checkpoint and sum up; after a stop signal, exit with the status that shells give to it."""
+        self.save()
+        self.bar.close()
+        if self.recent_returns:
+            mean, std = np.mean(self.recent_returns), np.std(self.recent_returns)
+            print(f"training: {mean:.1f} ± {std:.1f} over the last {len(self.recent_returns)} episodes")
+        if self.stop_signal:
+            print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
             sys.exit(128 + self.stop_signal)
 
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
 
-def free_run_dir(args: Args) -> Path:
-    """Makes runs/<env>__<script>__<seed>__<time>; a number follows where a run of the same second has that."""
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the run's directory with args.json in it. Raises RefusedError where that cannot be."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
-    for number in itertools.count(1):
-        run_dir = Path("runs", name if number == 1 else f"{name}-{number}")
-        try:
-            run_dir.mkdir(parents=True)  # asked by trying, as two runs may ask at once
-            return run_dir
-        except OSError as error:
-            if not os.path.exists(run_dir):
-                raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
-
-
-def plain(args: Args) -> dict:
-    """The arguments as plain values, for JSON and for checkpoints that load without running code."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    run_dir = Path(args.resume or args.run_dir or Path("runs", name))
+    try:
+        if not (args.resume or args.run_dir) and run_dir.exists():  # another run of this second
+            run_dir = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    except OSError as error:
+        raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
+    return run_dir
 
 
 def save_checkpoint(run_dir: Path, args: Args, global_step: int, recent_returns: list[float], **parts) -> None:
-    """Write run_dir/checkpoint.pt whole or not at all: plain values, tensors and the parts' state_dicts."""
+    """Write run_dir/checkpoint.pt whole or not at all: plain values, tensors, and the parts' state_dicts."""
     checkpoint = {
         "script": SCRIPT,
-        "args": plain(args),
+        "args": json.loads(json.dumps(vars(args), default=str)),  # plain values, which load without running code
         "global_step": global_step,
         "recent_returns": recent_returns,
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0),
         **{name: part.state_dict() for name, part in parts.items()},
     }
-    path = Path(run_dir) / "checkpoint.pt"
-    buffer = io.BytesIO()  # by way of memory, as torch.save does not say why a disk refuses a file
-    torch.save(checkpoint, buffer)
-    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-    os.replace(path.with_suffix(".tmp"), path)
+    torch.save(checkpoint, Path(run_dir, "checkpoint.tmp"))
+    os.replace(Path(run_dir, "checkpoint.tmp"), Path(run_dir, "checkpoint.pt"))
 
 
-def load_checkpoint(run_dir: Path) -> dict:
-    """The checkpoint in run_dir, without running code in it. Raises RefusedError where it is not this script's."""
-    path = Path(run_dir) / "checkpoint.pt"
-    given = f"resume or evaluate: {path}"
+def load_checkpoint(run_dir: Path, **parts) -> dict:
+    """The checkpoint in run_dir, without running code in it; its states are put into `parts`.
+
+    Raises RefusedError where there is none, or none that this script can use.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, saved_names = checkpoint["script"], set(checkpoint["args"])
-        if not {"global_step", "recent_returns", "agent", "optimizer", "torch_rng", "cuda_rng"} <= checkpoint.keys():
-            raise ValueError("parts are missing")
-        torch.Generator().set_state(checkpoint["torch_rng"])  # raises where that is none
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RefusedError(f"{given} does not exist, so {run_dir} is not the directory of a run") from error
-    except PermissionError as error:
-        raise RefusedError(f"{given} cannot be read ({error.strerror})") from error
-    except Exception as error:
-        raise RefusedError(f"{given} is damaged or not a checkpoint of these scripts, so it was not loaded") from error
-    if script != SCRIPT:
-        raise RefusedError(f"{given} was written by {script}.py, so only that script can load it")
-    if saved_names != {field.name for field in fields(Args)}:
-        raise RefusedError(f"{given} was written by another version of {SCRIPT}.py, whose arguments differ")
-    return checkpoint
-
-
-def load_parts(checkpoint: dict, **parts) -> None:
-    """Put the checkpoint's states into these parts. Raises RefusedError where they do not fit."""
-    try:
+        checkpoint = torch.load(Path(run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"{checkpoint['script']}.py wrote it")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        return checkpoint
     except Exception as error:
-        what = f"env_id: {checkpoint['args']['env_id']} or this script's Agent has changed since the run was saved"
-        raise RefusedError(f"{what}, so that the saved parts do not fit") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RefusedError(f"{run_dir} holds no checkpoint that {SCRIPT}.py can use ({reason})") from error
+
+
+class RefusedError(ValueError):
+    """An argument that cannot work, found before any work was done."""
 
 
 def check_args(args: Args) -> None:
-    """Raises RefusedError, in one sentence, for an argument that cannot work."""
+    """Raises RefusedError, in one sentence, for an argument that cannot work; tyro has seen to the types."""
 
     def check(name: str, ok: bool, right: str) -> None:
         if not ok:
             raise RefusedError(f"{name}: {getattr(args, name)} was given, but it must be {right}")
 
-    for field in fields(args):  # the command line knows the types too, a caller in Python may not
-        value, types = getattr(args, field.name), get_args(field.type) or (field.type,)
-        if get_origin(field.type) is Literal:
-            check(field.name, value in types, f"one of {', '.join(types)}")
-        else:  # an int will do for a float and text for a path, but no subclass: not True for 1, and not np.float64,
-            # with which no checkpoint could be loaded
-            accepted = types + (int,) * (float in types) + (str, type(Path())) * (Path in types)
-            names = " or ".join(t.__name__ for t in types)
-            check(field.name, type(value) in accepted, f"of type {names}, not {type(value).__name__}")
-        if field.name in LIMITS:
-            low, high = LIMITS[field.name]
-            check(field.name, low <= value <= high, f"between {low} and {high}")
-        elif type(value) in (int, float):
-            check(field.name, 0 < value < float("inf"), "positive and finite")
-    batch = least = args.num_envs * args.num_steps
-    check("num_steps", batch > 1, "at least 2 for one environment, as one sample has no variance")
+    for name, value in vars(args).items():
+        if name in ("gamma", "gae_lambda"):
+            check(name, 0 <= value <= 1, "between 0 and 1")
+        elif name in ("seed", "value_coef", "entropy_coef"):
+            check(name, 0 <= value < np.inf, "0 or more, and finite")
+        elif type(value) in (int, float) and name != "init_log_std":
+            check(name, 0 < value < np.inf, "positive and finite")
+    batch_size = least = args.num_envs * args.num_steps
+    check("num_steps", batch_size > 1, "at least 2 for one environment, as one sample has no variance")
+    check("num_minibatches", batch_size % args.num_minibatches == 0, f"a divisor of num_envs * num_steps, {batch_size}")
+    check("device", args.device == "cpu" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
+    check("resume", not (args.resume and args.evaluate), "left out beside --evaluate")
     if args.resume or args.evaluate:
-        checkpoint = load_checkpoint(args.resume or args.evaluate)
-        least += checkpoint["global_step"] if args.resume else 0
-        for name in FIXED:
-            saved = checkpoint["args"][name]
-            if getattr(args, name) != saved and not (args.evaluate and name == "seed"):  # which plays other episodes
-                raise RefusedError(f"{name}: the run in {args.resume or args.evaluate} has {saved!r}, which stays")
-    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch} more")
-    check("num_minibatches", batch % args.num_minibatches == 0, f"a divisor of num_envs * num_steps = {batch}")
-    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu or auto, as PyTorch finds no CUDA device")
-    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
-    header = Path(sysconfig.get_path("include"), "Python.h")  # what is compiled includes it
-    check("compile", not args.compile or shutil.which(compiler), f"off, as there is no C++ compiler {compiler!r} here")
-    check("compile", not args.compile or header.exists(), f"off, as Python's own headers are missing: {header}")
-    taken = args.run_dir and (args.resume or args.evaluate or os.path.exists(Path(args.run_dir, "checkpoint.pt")))
-    check("run_dir", not taken, "a new directory, and left out for --resume and --evaluate, which have the saved run's")
-    if args.capture_video:
-        writable = not args.evaluate or os.access(args.evaluate, os.W_OK)
-        check("capture_video", writable, f"off, as {args.evaluate} cannot be written")
-        check("capture_video", find_spec("moviepy"), "off, as the package moviepy is not installed")
-        make_env(args.env_id, "rgb_array").close()
+        saved = load_checkpoint(args.resume or args.evaluate)
+        least += saved["global_step"] if args.resume else 0
+        check("env_id", args.env_id == saved["args"]["env_id"], f"{saved['args']['env_id']}, as in the saved run")
+    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch_size} more")
+    taken = args.run_dir and (args.resume or args.evaluate or Path(args.run_dir, "checkpoint.pt").exists())
+    check("run_dir", not taken, "a directory without a saved run, and left out beside --resume and --evaluate")
+    if args.capture_video and not args.evaluate:  # what it needs is missed now rather than after the training
+        with tempfile.TemporaryDirectory() as folder:
+            make_env(args.env_id, Path(folder, "videos")).close()
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line as Args; with --resume or --evaluate the saved arguments are the defaults."""
-    args = tyro.cli(Args, description=__doc__, args=argv)
-    if args.resume and args.evaluate:
-        raise RefusedError("resume: give --resume or --evaluate, not both")
-    if args.resume or args.evaluate:
-        saved = load_checkpoint(args.resume or args.evaluate)["args"]
-        saved |= {"run_dir": None, "resume": None, "evaluate": None}
-        if args.evaluate:  # on whatever machine, and without a video unless this command asks for one
-            saved |= {"device": "auto", "num_threads": Args.num_threads, "compile": False, "capture_video": False}
-        args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**saved))
-    return args
+@functools.cache
+def compiled(function):
+    """The function compiled as a whole, with the backward pass in it; once, however often it is asked for."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: train, resume or evaluate.
-
-    Exits with 2 for a refusal, 1 for a NaN or a full disk, 128 + n for signal n.
-    """
+    """Train or resume, then evaluate; or only that. Exits with 2 for a refusal, 1 for a NaN, 128 + n for signal n."""
     try:
-        args = parse_args(argv)
-        if args.evaluate:
+        args = tyro.cli(Args, description=__doc__, args=argv)
+        if args.resume or args.evaluate:  # the saved arguments are the defaults of those that are not given
+            saved = load_checkpoint(args.resume or args.evaluate)["args"] | {"run_dir": None, "resume": None}
+            if args.evaluate:  # perhaps on another machine, and without a video unless this command asks for one
+                saved |= {"device": "cpu", "capture_video": False}
+            known = {name: value for name, value in saved.items() if name in vars(args)}  # Args may have changed since
+            args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**known))
             check_args(args)
-            env = make_env(args.env_id)
-            torch.set_num_threads(args.num_threads)
-            spaces = env.observation_space, env.action_space
-            device = torch.device("cuda" if args.device == "cuda" else "cpu")
-            agent = Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations).to(device)
-            load_parts(load_checkpoint(args.evaluate), agent=agent)
-            report_evaluation(agent, args, args.evaluate)
-        else:
-            train(args)
+        torch.set_num_threads(args.num_threads)
+        run_dir = args.evaluate or train(args)
+        returns = evaluate(args, run_dir)
+        print(f"run directory: {run_dir}")
+        print(f"evaluation: {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
+        if args.capture_video:
+            print(f"video: {run_dir / 'videos'}")
     except RefusedError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise  # not a full disk: the traceback says more
-        print(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched", file=sys.stderr)
-        sys.exit(1)
+    except FloatingPointError as error:
+        sys.exit(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched")
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training
-        print(f"{SCRIPT}: stopped; what was saved is complete", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # pasted into a notebook, it only defines its names
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that open environments are closed
     main()
