@@ -6,7 +6,7 @@
 """Proximal policy optimization (PPO) with the clipped surrogate, for continuous actions.
 
 PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken, weighted by the
-ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate means nothing, so
+ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate tells little, so
 the ratio is clipped: once it has left 1 ± `clip_coef` in the direction that the action's advantage asks for, the action
 gives no further gradient. That is a cheap stand-in for the trust region of TRPO.
 
@@ -40,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -59,15 +59,15 @@ SCRIPT = "ppo_clip_continuous"
 
 
 @dataclass
-class Args:  # the comment behind a field is its help text; in brackets where the default comes from
+class Args:  # the comment behind a field is its help text, in brackets where the value or the idea comes from
     env_id: str = "HalfCheetah-v5"  # a Gymnasium task with continuous actions; `module:Task-v0` imports module first
     seed: int = 1  # of the networks, the actions and the environments
-    total_timesteps: int = 1_000_000  # steps of the whole run, all environments together [sec. 6.1]
+    total_timesteps: int = 1_000_000  # steps of all environments together, rounded down to whole iterations [sec. 6.1]
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks live; small ones are faster on the CPU
-    num_threads: int = 1  # CPU threads of PyTorch; small networks are fastest with one
+    num_threads: int = 1  # CPU threads of PyTorch, set by the command line; small networks are fastest with one
     compile: bool = False  # compile the gradient: slow first step, faster updates; needs a C++ compiler and Python.h
 
-    # PPO, with the values of the paper
+    # PPO
     num_envs: int = 8  # N: environments stepped side by side [sec. 5: N actors]
     num_steps: int = 256  # T: steps of each in one iteration; the batch is N * T [table 3: 2048 in all]
     num_epochs: int = 10  # K: passes over the batch in one iteration [table 3]
@@ -81,7 +81,7 @@ class Args:  # the comment behind a field is its help text; in brackets where th
     hidden_size: int = 64  # width of the two hidden layers of actor and critic [sec. 6.1]
 
     # beyond the paper
-    init_log_std: float = -0.5  # logarithm of the actions' std at the start [arXiv 2006.05990, sec. 3.2: std 0.5]
+    init_log_std: float = -0.5  # log of the actions' std at the start: 0.61 [arXiv 2006.05990, sec. 3.2: about 0.5]
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run [the paper's table 5, for Atari]
     max_grad_norm: float = 0.5  # scale a gradient of larger norm down to this [OpenAI Baselines]
     recompute_advantages: bool = True  # estimate them anew before every epoch [arXiv 2006.05990, sec. 3.5; usual: once]
@@ -109,32 +109,35 @@ def train(args: Args) -> Path:
     """
     check_args(args)
     torch.manual_seed(args.seed)
-    with closing(make_envs(args)) as envs:  # closed whatever ends the block
+    with ExitStack() as opened:  # whatever ends this block, what was opened in it is closed
+        envs = make_envs(args, opened)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # fused: faster
         reward_scaler = RewardScaler(args.num_envs, args.gamma).to(args.device)
+        run = Run(args, opened, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new episodes
+        batch_size = args.num_envs * args.num_steps
 
-        with closing(Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)) as run:
-            obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new episodes
-            while not run.finished:
-                # Run the policy π_old in N environments for T steps.
-                rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
-                if args.scale_rewards:
-                    rollout = rollout._replace(rewards=reward_scaler(rollout.rewards, rollout.dones))
+        while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+            # Run the policy π_old in N environments for T steps.
+            rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+            if args.scale_rewards:
+                rollout = rollout._replace(rewards=reward_scaler(rollout.rewards, rollout.dones))
 
-                # Estimate the advantages of the actions taken.
-                advantages, returns = estimate_advantages(agent, rollout, args)
+            # Estimate the advantages of the actions taken.
+            advantages, returns = estimate_advantages(agent, rollout, args)
 
-                # Optimise the surrogate in K epochs of minibatches.
-                progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
-                metrics = update(agent, optimizer, rollout, advantages, returns, args)
+            # Optimise the surrogate in K epochs of minibatches (after the first, by default, with new advantages each).
+            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
+            metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-                # The result is the next π_old. Its view of observations changes only now, between two iterations.
-                if args.normalize_observations:
-                    agent.obs_stats.update(rollout.obs.flatten(0, 1))
-                run.log(episodes, metrics)
-            run.finish()
+            # The result is the next π_old. The statistics of observations change only here, between two iterations.
+            if args.normalize_observations:
+                agent.obs_stats.update(rollout.obs.flatten(0, 1))
+            run.global_step += batch_size
+            run.log(episodes, metrics)
+        run.finish()
     return run.run_dir
 
 
@@ -157,7 +160,7 @@ def collect(
     """Run the policy for num_steps in each of envs (made by `make_envs`), from obs [num_envs, obs_size] on.
 
     Returns (rollout with raw rewards, the observations to go on from, the finished episodes as (global step, raw
-    return, length)). Raises FloatingPointError at the first NaN or infinity that an environment returns.
+    return, length)). Raises FloatingPointError where an environment returns a NaN or an infinity.
     """
     action_space = envs.single_action_space
     device = agent.actor_log_std.device
@@ -174,8 +177,7 @@ def collect(
         if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            whole = done & ~infos["final_info"].get("cut_short", np.False_)  # `Staggered` cuts one: not to be reported
-            for i in np.flatnonzero(whole):
+            for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):  # whole episodes: see `Staggered`
                 step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
                 episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         global_step += envs.num_envs
@@ -216,7 +218,7 @@ def update(
     obs = rollout.obs.flatten(0, 1)  # [num_steps * num_envs, obs_size]
     actions = rollout.actions.flatten(0, 1)
     with torch.no_grad():
-        old_log_probs = agent.distribution(obs).log_prob(actions)  # the agent is π_old until its first gradient step
+        old_log_probs = agent.distribution(obs).log_prob(actions)  # the agent is still π_old
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
@@ -388,7 +390,7 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the std of a discounted sum of past rewards (OpenAI Baselines), so that V is of order 1."""
+    """Divides rewards by the std of a discounted sum of past rewards, as OpenAI Baselines: returns vary by about 1."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -405,28 +407,26 @@ class RewardScaler(nn.Module):
             sums.append(self.discounted_sums.clone())
             self.discounted_sums[done] = 0.0
         self.stats.update(torch.cat(sums))
-        # At least 1e-4 of the mean, where the sum hardly varies; a fixed floor would make a difference between units.
+        # Where the sum hardly varies, 1e-4 of its mean stands in for its std, whatever the unit of the rewards.
         std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
         return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 
 
 # ---------------------------------------------------------------------------- environments and evaluation
-def make_envs(args: Args) -> VectorEnv:
-    """num_envs environments, stepped one after the other. SAME_STEP: the step that ends an episode already returns the
-    first observation of the next one, and its own last observation in infos["final_obs"]."""
-    with ExitStack() as opened:  # closed again where a later one fails
-        envs = []
-        for i in range(args.num_envs):
-            env = opened.enter_context(make_env(args.env_id))
-            envs.append(Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs))
-        makers = [lambda env=env: env for env in envs]
-        vector_env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        opened.pop_all()
-    return gym.wrappers.vector.RecordEpisodeStatistics(vector_env)
+def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
+    """num_envs environments, stepped one after the other, which `opened` closes. SAME_STEP: the step that ends an
+    episode already returns the first observation of the next one, and its own last one in infos["final_obs"]."""
+
+    def make(i: int) -> gym.Env:
+        env = make_env(args.env_id, opened)
+        return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
+
+    makers = [functools.partial(make, i) for i in range(args.num_envs)]
+    return gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
 class Staggered(gym.Wrapper):
-    """Cuts one episode short: the one that is under way after `steps_until_cut` steps (0: none).
+    """Cuts one episode short, the one under way after `steps_until_cut` steps (0: none), and says so in its info.
 
     Where no episode ends before its time limit (HalfCheetah), the environments would otherwise go through their
     episodes in step, and every batch would hold a single phase of them.
@@ -443,42 +443,40 @@ class Staggered(gym.Wrapper):
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.steps_until_cut -= 1
-        cut_short = self.steps_until_cut == 0 and not (terminated or truncated)
-        if terminated or truncated or cut_short:
-            obs = np.copy(obs)  # the reset that follows at once may fill the same array again
-        return obs, reward, terminated, truncated or cut_short, {"cut_short": True} if cut_short else {}
+        ended = terminated or truncated
+        cut_short = self.steps_until_cut == 0 and not ended
+        if not (ended or cut_short):
+            return obs, reward, False, False, {}
+        # Copied, as the reset that follows at once may fill the same array again.
+        return np.copy(obs), reward, terminated, truncated or cut_short, {"cut_short": cut_short}
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The environment with observations flattened to a vector; with video_dir the first episode is recorded there.
-
-    Raises RefusedError where it cannot be made or does not fit.
-    """
+def make_env(env_id: str, opened: ExitStack, video_dir: Path | None = None) -> gym.Env:
+    """The environment with observations flattened to a vector, which `opened` closes; with video_dir the first episode
+    is recorded there. Raises RefusedError where it cannot be made or does not fit."""
     if video_dir and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display; MuJoCo reads it when it is imported
-    with ExitStack() as opened:  # closed again where what follows fails
-        try:
-            env = opened.enter_context(gym.make(env_id, **({"render_mode": "rgb_array"} if video_dir else {})))
-            if video_dir:
-                env.reset()
-                model = getattr(env.unwrapped, "model", None)
-                if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
-                    # Gymnasium takes a camera that stands still, and HalfCheetah runs out of its picture.
-                    env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
-                env.render()
-                env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, disable_logger=True)
-        except Exception as error:  # an environment is other people's code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            what = "filmed" if video_dir else "made"
-            raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason})") from error
-        if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
-            raise RefusedError(f"env_id: {env_id} has the actions {env.action_space}, but a Box of floats is needed")
-        if not env.observation_space.is_np_flattenable:
-            raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but a vector is needed")
-        if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-            env = gym.wrappers.FlattenObservation(env)
-        opened.pop_all()
-        return env
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
+        opened.callback(lambda: env.close())  # of the outermost wrapper that it has by then
+        if video_dir:
+            env.reset()
+            model = getattr(env.unwrapped, "model", None)
+            if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
+                # Gymnasium takes a camera that stands still, and HalfCheetah runs out of its picture.
+                env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, disable_logger=True)
+    except Exception as error:  # an environment is other people's code
+        what = "filmed" if video_dir else "made"
+        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({error!r})") from error
+    if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
+        raise RefusedError(f"env_id: {env_id} has the actions {env.action_space}, but a Box of floats is needed")
+    if not env.observation_space.is_np_flattenable:
+        raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but a vector is needed")
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
 
 
 @torch.no_grad()
@@ -488,7 +486,8 @@ def evaluate(args: Args, run_dir: Path) -> np.ndarray:
     Raises RefusedError where there is none that fits, FloatingPointError for a NaN or an infinity.
     """
     returns = np.zeros(args.eval_episodes)
-    with make_env(args.env_id, run_dir / "videos" if args.capture_video else None) as env:
+    with ExitStack() as opened:
+        env = make_env(args.env_id, opened, run_dir / "videos" if args.capture_video else None)
         agent = Agent(env.observation_space, env.action_space, args)
         load_checkpoint(run_dir, agent=agent)
         for episode in range(args.eval_episodes):
@@ -513,16 +512,16 @@ def check_finite(what: str, values: np.ndarray, step: int | str) -> None:
         raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {step}")
 
 
-# ---------------------------------------------------------------------------- bookkeeping: nothing of PPO below here
+# ---------------------------------------------------------------------------- bookkeeping, from here to the end
 class Run:
     """Run directory, log, progress bar, checkpoints, stop signals. `parts` are what a checkpoint holds besides counters
-    and random state: whatever has a state_dict. With --resume they are loaded here."""
+    and random state: whatever has a state_dict. With --resume they are loaded here. `opened` gives it all back."""
 
-    def __init__(self, args: Args, **parts):
+    def __init__(self, args: Args, opened: ExitStack, **parts):
         self.args = args
         self.parts = parts
-        self.batch_size = args.num_envs * args.num_steps
         self.global_step = 0
+        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -534,26 +533,22 @@ class Run:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
             time.sleep(1.01 - time.time() % 1.0)  # event files are read in the order of the seconds in their names
         self.run_dir = make_run_dir(args)
-        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.writer = opened.enter_context(SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1))
         self.writer.add_text("args", f"```\n{(self.run_dir / 'args.json').read_text()}```", self.global_step)
         self.save()  # a run that is killed before its next checkpoint resumes too
-        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
-        main_thread = threading.current_thread() is threading.main_thread()  # Python takes handlers from no other
-        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.old_handlers = {number: signal.signal(number, self.stop) for number in numbers}
+        bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
+        self.bar = opened.enter_context(bar)
+        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers from no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                opened.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def stop(self, number: int, frame) -> None:
         if self.stop_signal:  # asked twice: at once, with the last checkpoint
             sys.exit(128 + number)
         self.stop_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
 
-    @property
-    def finished(self) -> bool:
-        return self.stop_signal > 0 or self.global_step + self.batch_size > self.args.total_timesteps
-
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Count one iteration, write its scalars, move the bar, and save a checkpoint when one is due."""
-        self.global_step += self.batch_size
+        """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
         metrics["charts/SPS"] = (self.global_step - self.bar.initial) / self.bar.format_dict["elapsed"]
         for name, value in metrics.items():
             if not np.isfinite(value):
@@ -565,8 +560,9 @@ class Run:
             self.recent_returns.append(episodic_return)
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
-        self.bar.update(self.batch_size)
-        if self.global_step // self.batch_size % self.args.checkpoint_interval == 0:
+        self.bar.update(self.global_step - self.bar.n)
+        self.iterations += 1
+        if self.iterations % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
@@ -583,12 +579,6 @@ class Run:
         if self.stop_signal:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
             sys.exit(128 + self.stop_signal)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
 
 
 def make_run_dir(args: Args) -> Path:
@@ -633,8 +623,7 @@ def load_checkpoint(run_dir: Path, **parts) -> dict:
             part.load_state_dict(checkpoint[name])
         return checkpoint
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RefusedError(f"{run_dir} holds no checkpoint that {SCRIPT}.py can use ({reason})") from error
+        raise RefusedError(f"{run_dir} holds no checkpoint that {SCRIPT}.py can use ({error!r})") from error
 
 
 class RefusedError(ValueError):
@@ -655,21 +644,24 @@ def check_args(args: Args) -> None:
             check(name, 0 <= value < np.inf, "0 or more, and finite")
         elif type(value) in (int, float) and name != "init_log_std":
             check(name, 0 < value < np.inf, "positive and finite")
-    batch_size = least = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps
     check("num_steps", batch_size > 1, "at least 2 for one environment, as one sample has no variance")
     check("num_minibatches", batch_size % args.num_minibatches == 0, f"a divisor of num_envs * num_steps, {batch_size}")
-    check("device", args.device == "cpu" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
-    check("resume", not (args.resume and args.evaluate), "left out beside --evaluate")
+    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
+    steps_so_far = 0
     if args.resume or args.evaluate:
+        check("resume", not (args.resume and args.evaluate), "left out beside --evaluate")
+        check("run_dir", not args.run_dir, "left out beside --resume and --evaluate")
         saved = load_checkpoint(args.resume or args.evaluate)
-        least += saved["global_step"] if args.resume else 0
         check("env_id", args.env_id == saved["args"]["env_id"], f"{saved['args']['env_id']}, as in the saved run")
-    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch_size} more")
-    taken = args.run_dir and (args.resume or args.evaluate or Path(args.run_dir, "checkpoint.pt").exists())
-    check("run_dir", not taken, "a directory without a saved run, and left out beside --resume and --evaluate")
+        steps_so_far = saved["global_step"] if args.resume else 0
+    elif args.run_dir:
+        check("run_dir", not Path(args.run_dir, "checkpoint.pt").exists(), "a directory without a saved run")
+    least = steps_so_far + batch_size
+    check("total_timesteps", args.total_timesteps >= least, f"at least {least}, for one more batch of {batch_size}")
     if args.capture_video and not args.evaluate:  # what it needs is missed now rather than after the training
-        with tempfile.TemporaryDirectory() as folder:
-            make_env(args.env_id, Path(folder, "videos")).close()
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+            make_env(args.env_id, opened, Path(folder, "videos"))
 
 
 @functools.cache
@@ -686,11 +678,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.resume or args.evaluate:  # the saved arguments are the defaults of those that are not given
             saved = load_checkpoint(args.resume or args.evaluate)["args"] | {"run_dir": None, "resume": None}
             if args.evaluate:  # perhaps on another machine, and without a video unless this command asks for one
-                saved |= {"device": "cpu", "capture_video": False}
+                saved |= {"device": Args.device, "num_threads": Args.num_threads, "capture_video": False}
             known = {name: value for name, value in saved.items() if name in vars(args)}  # Args may have changed since
             args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**known))
-            check_args(args)
         torch.set_num_threads(args.num_threads)
+        if args.evaluate:
+            check_args(args)
         run_dir = args.evaluate or train(args)
         returns = evaluate(args, run_dir)
         print(f"run directory: {run_dir}")

@@ -52,7 +52,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -72,42 +72,46 @@ SCRIPT = "trpo_continuous"
 
 
 @dataclass
-class Args:  # the comment behind a field is its help text; in brackets where the default comes from
+class Args:  # the comment behind a field is its help text, in brackets where the value or the idea comes from
     env_id: str = "HalfCheetah-v5"  # a Gymnasium task with continuous actions; `module:Task-v0` imports module first
     seed: int = 1  # of the networks, the actions and the environments
-    total_timesteps: int = 1_000_000  # steps of the whole run, all environments together [sec. 6.1]
+    total_timesteps: int = 1_000_000  # steps of all environments together, rounded down to whole iterations [PPO paper]
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks live; small ones are faster on the CPU
-    num_threads: int = 1  # CPU threads of PyTorch; small networks are fastest with one
-    compile: bool = False  # compile the gradient: slow first step, faster updates; needs a C++ compiler and Python.h
+    num_threads: int = 1  # CPU threads of PyTorch, set by the command line; small networks are fastest with one
+    compile: bool = (
+        False  # compile the critic's gradient: slow first step, then faster; needs a C++ compiler and Python.h
+    )
 
-    # TRPO, with the values of the paper where it gives one
+    # TRPO
     num_envs: int = 8  # environments stepped side by side [OpenAI Baselines: MPI workers]
-    num_steps: int = 128  # steps of each in one iteration [Tianshou: 1024 in all; app. E: 50,000]
+    num_steps: int = 128  # steps of each in one iteration [Tianshou: 1024 in all; app. E: 50,000 to 1,000,000]
     max_kl: float = 0.01  # δ of eq. 14, the trust region: how far one update may move the mean KL, in nats [app. E]
     cg_iterations: int = 10  # of conjugate gradient, at most [app. C.1]
-    cg_residual_tolerance: float = 1e-5  # it stops where ‖g - Hx‖ <= this * min(1, ‖g‖) [OpenAI Baselines]
+    cg_residual_tolerance: float = 1e-5  # it stops where ‖g - Hx‖ <= this * min(1, ‖g‖) [size: OpenAI Baselines]
     fisher_subsample: int = 1  # H from every n-th sample; best without a common factor with num_envs [app. C.1: 10%]
     line_search: bool = True  # shorten the step until it keeps what it promises [app. C]; off: natural policy gradient
     backtrack_coef: float = 0.8  # α of the line search: each further try is this times as long [Spinning Up]
     max_backtracks: int = 10  # lengths that it tries before the step is given up [Spinning Up, OpenAI Baselines]
     gamma: float = 0.99  # discount factor, in [0, 1] [app. E]
-    hidden_size: int = 64  # width of the two hidden layers of actor and critic [sb3-contrib; app. E: one of 30]
-
-    # the critic, a regression that the paper leaves open
     gae_lambda: float = 0.9  # decay of the advantage estimator, in [0, 1] [arXiv 2006.05990, sec. 3.4; paper: 1]
+    hidden_size: int = 64  # width of the two hidden layers of actor and critic [sb3-contrib; app. E: one of 30 or 50]
+
+    # the critic, which the paper leaves open
     learning_rate: float = 1e-3  # step size of Adam [OpenAI Baselines, Tianshou]
-    anneal_lr: bool = True  # let it fall linearly to 0 over the run
+    anneal_lr: bool = True  # let it fall linearly to 0 over the run, as in the PPO scripts
     critic_epochs: int = 10  # passes over the batch in one iteration [sb3-contrib]
     num_minibatches: int = 16  # gradient steps per pass, a divisor of num_envs * num_steps [benchmark/README.md]
-    recompute_advantages: bool = False  # estimate the critic's targets anew before each of its epochs
+    recompute_advantages: bool = False  # estimate its targets anew before every pass [arXiv 2006.05990, sec. 3.5]
 
     # beyond the paper
-    init_log_std: float = -0.5  # logarithm of the actions' std at the start [arXiv 2006.05990, sec. 3.2: std 0.5]
+    init_log_std: float = -0.5  # log of the actions' std at the start: 0.61 [arXiv 2006.05990, sec. 3.2: about 0.5]
     min_log_std: float = -2.0  # its floor: the trust region lets a narrow policy hardly move [benchmark/README.md]
     cg_damping: float = 0.1  # added to the diagonal of H, which samples leave singular [OpenAI Baselines]
     max_step_size: float | None = None  # take at most this many times the natural gradient; None: no limit [ACKTR]
     center_advantages: bool = True  # subtract the batch's mean from them [OpenAI Baselines]
-    normalize_advantages: bool = True  # divide them by the batch's std, which changes no step [OpenAI Baselines]
+    normalize_advantages: bool = (
+        True  # divide them by the batch's std; counts with max_step_size only [OpenAI Baselines]
+    )
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
 
@@ -129,35 +133,38 @@ def train(args: Args) -> Path:
     """
     check_args(args)
     torch.manual_seed(args.seed)
-    with closing(make_envs(args)) as envs:  # closed whatever ends the block
+    with ExitStack() as opened:  # whatever ends this block, what was opened in it is closed
+        envs = make_envs(args, opened)
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
         optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         reward_scaler = RewardScaler(args.num_envs, args.gamma).to(args.device)
+        run = Run(args, opened, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new episodes
+        batch_size = args.num_envs * args.num_steps
 
-        with closing(Run(args, agent=agent, optimizer=optimizer, reward_scaler=reward_scaler)) as run:
-            obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new episodes
-            while not run.finished:
-                # Step 1: collect trajectories with the policy π_old.
-                rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
-                if args.scale_rewards:
-                    rollout = rollout._replace(rewards=reward_scaler(rollout.rewards, rollout.dones))
+        while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
+            # Step 1: collect trajectories with the policy π_old.
+            rollout, obs, episodes = collect(envs, agent, obs, args.num_steps, run.global_step)
+            if args.scale_rewards:
+                rollout = rollout._replace(rewards=reward_scaler(rollout.rewards, rollout.dones))
 
-                # Step 2: estimate the advantages of the actions taken.
-                advantages, returns = estimate_advantages(agent, rollout, args)
+            # Step 2: estimate the advantages of the actions taken.
+            advantages, returns = estimate_advantages(agent, rollout, args)
 
-                # Steps 3 to 6: gradient and curvature, conjugate gradient, full step, line search.
-                metrics = update(agent, rollout, advantages, args)
+            # Steps 3 to 6: gradient and curvature, conjugate gradient, full step, line search.
+            metrics = update(agent, rollout, advantages, args)
 
-                # Fit the critic to the returns, for the next advantages.
-                progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
-                metrics |= fit_critic(agent, optimizer, rollout, returns, args)
+            # Fit the critic to the returns, for the next advantages.
+            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
+            metrics |= fit_critic(agent, optimizer, rollout, returns, args)
 
-                # The result is the next π_old. Its view of observations changes only now, between two iterations.
-                if args.normalize_observations:
-                    agent.obs_stats.update(rollout.obs.flatten(0, 1))
-                run.log(episodes, metrics)
-            run.finish()
+            # The result is the next π_old. The statistics of observations change only here, between two iterations.
+            if args.normalize_observations:
+                agent.obs_stats.update(rollout.obs.flatten(0, 1))
+            run.global_step += batch_size
+            run.log(episodes, metrics)
+        run.finish()
     return run.run_dir
 
 
@@ -180,7 +187,7 @@ def collect(
     """Run the policy for num_steps in each of envs (made by `make_envs`), from obs [num_envs, obs_size] on.
 
     Returns (rollout with raw rewards, the observations to go on from, the finished episodes as (global step, raw
-    return, length)). Raises FloatingPointError at the first NaN or infinity that an environment returns.
+    return, length)). Raises FloatingPointError where an environment returns a NaN or an infinity.
     """
     action_space = envs.single_action_space
     device = agent.actor_log_std.device
@@ -197,8 +204,7 @@ def collect(
         if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            whole = done & ~infos["final_info"].get("cut_short", np.False_)  # `Staggered` cuts one: not to be reported
-            for i in np.flatnonzero(whole):
+            for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):  # whole episodes: see `Staggered`
                 step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
                 episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
         global_step += envs.num_envs
@@ -252,27 +258,27 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
 
-    # Step 5: the full step Δ, to the edge of the trust region, but not below the floor of the log-std.
+    # Step 5: the full step Δ, to the edge of the trust region.
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
-    floor = [torch.full_like(p, args.min_log_std if p is agent.actor_log_std else -torch.inf) for p in parameters]
-    step = torch.maximum(step, (parameters_to_vector(floor) - theta_old).clamp(max=0.0))  # nor up to it from below
+    step = keep_log_std(step, agent, args.min_log_std)
 
     # Step 6: the line search; for NPG the full step as it is.
     @torch.no_grad()
     def evaluate_at(theta: Tensor) -> tuple[float, float]:
-        vector_to_parameters(theta, parameters)
+        vector_to_parameters(theta, parameters)  # to try it: what counts is set below
         new = agent.distribution(obs)
         ratio = (new.log_prob(actions) - old_log_probs).exp()
         return float(surrogate_advantage(ratio, advantages) - surrogate_old), float(mean_kl(old, new))
 
-    result = Step(theta_old, False, 0, 0.0, 0.0)
+    result = Step(theta_old, accepted=False, tries=0, improvement=0.0, kl=0.0)
     if step.isfinite().all():  # not so where g is 0 or not finite, nor where xᵀHx is not positive
         if args.line_search:
             result = line_search(evaluate_at, theta_old, step, args.max_kl, args.backtrack_coef, args.max_backtracks)
         else:
-            improvement, kl = evaluate_at(theta_old + step)
-            finite = np.isfinite([improvement, kl]).all()
-            result = Step(theta_old + step if finite else theta_old, bool(finite), 1, improvement, kl)
+            theta = theta_old + step
+            improvement, kl = evaluate_at(theta)
+            finite = bool(np.isfinite([improvement, kl]).all())
+            result = Step(theta if finite else theta_old, finite, 1, improvement, kl)
     vector_to_parameters(result.theta, parameters)
     if not result.accepted:
         norm, curvature = float(g.norm()), float(x @ hessian_x)
@@ -382,8 +388,8 @@ def gaussian_kl(old: Distribution, new: Distribution) -> Tensor:
 def mean_kl(old: Distribution, new: Distribution) -> Tensor:
     """E[KL(π_old(·|s) ‖ π(·|s))] over a batch of states (eq. 14), a scalar, in nats.
 
-    From the old to the new policy: some tutorials write it the other way round. The two have the same
-    Hessian where they agree, but not the same value at the end of a step, which the line search needs.
+    From the old to the new policy. The other way round it has the same Hessian where the two agree, but not the same
+    value at the end of a step, which the line search needs.
     """
     return gaussian_kl(old, new).mean()
 
@@ -456,6 +462,16 @@ def full_step(x: Tensor, hessian_x: Tensor, max_kl: float, max_step_size: float 
     if max_step_size is not None:
         step_size = step_size.clamp(max=max_step_size)
     return step_size * x
+
+
+def keep_log_std(step: Tensor, agent: Agent, min_log_std: float) -> Tensor:
+    """The step, shortened where it would take a log standard deviation below min_log_std (benchmark/README.md). One that
+    is below already, as after a resume with a higher floor, is not pushed up."""
+    floors = []
+    for parameter in agent.actor_parameters():
+        floor = min_log_std if parameter is agent.actor_log_std else -torch.inf
+        floors.append((floor - parameter.detach()).clamp(max=0.0).flatten())
+    return torch.maximum(step, torch.cat(floors))
 
 
 class Step(NamedTuple):
@@ -577,7 +593,7 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the std of a discounted sum of past rewards (OpenAI Baselines), so that V is of order 1."""
+    """Divides rewards by the std of a discounted sum of past rewards, as OpenAI Baselines: returns vary by about 1."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -594,28 +610,26 @@ class RewardScaler(nn.Module):
             sums.append(self.discounted_sums.clone())
             self.discounted_sums[done] = 0.0
         self.stats.update(torch.cat(sums))
-        # At least 1e-4 of the mean, where the sum hardly varies; a fixed floor would make a difference between units.
+        # Where the sum hardly varies, 1e-4 of its mean stands in for its std, whatever the unit of the rewards.
         std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
         return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 
 
 # ---------------------------------------------------------------------------- environments and evaluation
-def make_envs(args: Args) -> VectorEnv:
-    """num_envs environments, stepped one after the other. SAME_STEP: the step that ends an episode already returns the
-    first observation of the next one, and its own last observation in infos["final_obs"]."""
-    with ExitStack() as opened:  # closed again where a later one fails
-        envs = []
-        for i in range(args.num_envs):
-            env = opened.enter_context(make_env(args.env_id))
-            envs.append(Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs))
-        makers = [lambda env=env: env for env in envs]
-        vector_env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        opened.pop_all()
-    return gym.wrappers.vector.RecordEpisodeStatistics(vector_env)
+def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
+    """num_envs environments, stepped one after the other, which `opened` closes. SAME_STEP: the step that ends an
+    episode already returns the first observation of the next one, and its own last one in infos["final_obs"]."""
+
+    def make(i: int) -> gym.Env:
+        env = make_env(args.env_id, opened)
+        return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
+
+    makers = [functools.partial(make, i) for i in range(args.num_envs)]
+    return gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
 class Staggered(gym.Wrapper):
-    """Cuts one episode short: the one that is under way after `steps_until_cut` steps (0: none).
+    """Cuts one episode short, the one under way after `steps_until_cut` steps (0: none), and says so in its info.
 
     Where no episode ends before its time limit (HalfCheetah), the environments would otherwise go through their
     episodes in step, and every batch would hold a single phase of them.
@@ -632,42 +646,40 @@ class Staggered(gym.Wrapper):
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
         self.steps_until_cut -= 1
-        cut_short = self.steps_until_cut == 0 and not (terminated or truncated)
-        if terminated or truncated or cut_short:
-            obs = np.copy(obs)  # the reset that follows at once may fill the same array again
-        return obs, reward, terminated, truncated or cut_short, {"cut_short": True} if cut_short else {}
+        ended = terminated or truncated
+        cut_short = self.steps_until_cut == 0 and not ended
+        if not (ended or cut_short):
+            return obs, reward, False, False, {}
+        # Copied, as the reset that follows at once may fill the same array again.
+        return np.copy(obs), reward, terminated, truncated or cut_short, {"cut_short": cut_short}
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """The environment with observations flattened to a vector; with video_dir the first episode is recorded there.
-
-    Raises RefusedError where it cannot be made or does not fit.
-    """
+def make_env(env_id: str, opened: ExitStack, video_dir: Path | None = None) -> gym.Env:
+    """The environment with observations flattened to a vector, which `opened` closes; with video_dir the first episode
+    is recorded there. Raises RefusedError where it cannot be made or does not fit."""
     if video_dir and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display; MuJoCo reads it when it is imported
-    with ExitStack() as opened:  # closed again where what follows fails
-        try:
-            env = opened.enter_context(gym.make(env_id, **({"render_mode": "rgb_array"} if video_dir else {})))
-            if video_dir:
-                env.reset()
-                model = getattr(env.unwrapped, "model", None)
-                if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
-                    # Gymnasium takes a camera that stands still, and HalfCheetah runs out of its picture.
-                    env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
-                env.render()
-                env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, disable_logger=True)
-        except Exception as error:  # an environment is other people's code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            what = "filmed" if video_dir else "made"
-            raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({reason})") from error
-        if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
-            raise RefusedError(f"env_id: {env_id} has the actions {env.action_space}, but a Box of floats is needed")
-        if not env.observation_space.is_np_flattenable:
-            raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but a vector is needed")
-        if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
-            env = gym.wrappers.FlattenObservation(env)
-        opened.pop_all()
-        return env
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_dir else {}))
+        opened.callback(lambda: env.close())  # of the outermost wrapper that it has by then
+        if video_dir:
+            env.reset()
+            model = getattr(env.unwrapped, "model", None)
+            if "track" in [model.camera(i).name for i in range(getattr(model, "ncam", 0))]:
+                # Gymnasium takes a camera that stands still, and HalfCheetah runs out of its picture.
+                env.unwrapped.mujoco_renderer.camera_id = model.camera("track").id
+            env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, disable_logger=True)
+    except Exception as error:  # an environment is other people's code
+        what = "filmed" if video_dir else "made"
+        raise RefusedError(f"env_id: {env_id!r} cannot be {what} ({error!r})") from error
+    if not (isinstance(env.action_space, gym.spaces.Box) and np.issubdtype(env.action_space.dtype, np.floating)):
+        raise RefusedError(f"env_id: {env_id} has the actions {env.action_space}, but a Box of floats is needed")
+    if not env.observation_space.is_np_flattenable:
+        raise RefusedError(f"env_id: {env_id} has observations of no fixed size, but a vector is needed")
+    if not (isinstance(env.observation_space, gym.spaces.Box) and len(env.observation_space.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
 
 
 @torch.no_grad()
@@ -677,7 +689,8 @@ def evaluate(args: Args, run_dir: Path) -> np.ndarray:
     Raises RefusedError where there is none that fits, FloatingPointError for a NaN or an infinity.
     """
     returns = np.zeros(args.eval_episodes)
-    with make_env(args.env_id, run_dir / "videos" if args.capture_video else None) as env:
+    with ExitStack() as opened:
+        env = make_env(args.env_id, opened, run_dir / "videos" if args.capture_video else None)
         agent = Agent(env.observation_space, env.action_space, args)
         load_checkpoint(run_dir, agent=agent)
         for episode in range(args.eval_episodes):
@@ -702,16 +715,16 @@ def check_finite(what: str, values: np.ndarray, step: int | str) -> None:
         raise FloatingPointError(f"the environment returned {what} that is NaN or infinite at step {step}")
 
 
-# ---------------------------------------------------------------------------- bookkeeping: nothing of PPO below here
+# ---------------------------------------------------------------------------- bookkeeping, from here to the end
 class Run:
     """Run directory, log, progress bar, checkpoints, stop signals. `parts` are what a checkpoint holds besides counters
-    and random state: whatever has a state_dict. With --resume they are loaded here."""
+    and random state: whatever has a state_dict. With --resume they are loaded here. `opened` gives it all back."""
 
-    def __init__(self, args: Args, **parts):
+    def __init__(self, args: Args, opened: ExitStack, **parts):
         self.args = args
         self.parts = parts
-        self.batch_size = args.num_envs * args.num_steps
         self.global_step = 0
+        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -723,26 +736,22 @@ class Run:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
             time.sleep(1.01 - time.time() % 1.0)  # event files are read in the order of the seconds in their names
         self.run_dir = make_run_dir(args)
-        self.writer = SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1)
+        self.writer = opened.enter_context(SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1))
         self.writer.add_text("args", f"```\n{(self.run_dir / 'args.json').read_text()}```", self.global_step)
         self.save()  # a run that is killed before its next checkpoint resumes too
-        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
-        main_thread = threading.current_thread() is threading.main_thread()  # Python takes handlers from no other
-        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.old_handlers = {number: signal.signal(number, self.stop) for number in numbers}
+        bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
+        self.bar = opened.enter_context(bar)
+        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers from no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                opened.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def stop(self, number: int, frame) -> None:
         if self.stop_signal:  # asked twice: at once, with the last checkpoint
             sys.exit(128 + number)
         self.stop_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
 
-    @property
-    def finished(self) -> bool:
-        return self.stop_signal > 0 or self.global_step + self.batch_size > self.args.total_timesteps
-
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
-        """Count one iteration, write its scalars, move the bar, and save a checkpoint when one is due."""
-        self.global_step += self.batch_size
+        """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
         metrics["charts/SPS"] = (self.global_step - self.bar.initial) / self.bar.format_dict["elapsed"]
         for name, value in metrics.items():
             if not np.isfinite(value):
@@ -754,8 +763,9 @@ class Run:
             self.recent_returns.append(episodic_return)
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
-        self.bar.update(self.batch_size)
-        if self.global_step // self.batch_size % self.args.checkpoint_interval == 0:
+        self.bar.update(self.global_step - self.bar.n)
+        self.iterations += 1
+        if self.iterations % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
@@ -772,12 +782,6 @@ class Run:
         if self.stop_signal:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
             sys.exit(128 + self.stop_signal)
-
-    def close(self) -> None:
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
 
 
 def make_run_dir(args: Args) -> Path:
@@ -822,8 +826,7 @@ def load_checkpoint(run_dir: Path, **parts) -> dict:
             part.load_state_dict(checkpoint[name])
         return checkpoint
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RefusedError(f"{run_dir} holds no checkpoint that {SCRIPT}.py can use ({reason})") from error
+        raise RefusedError(f"{run_dir} holds no checkpoint that {SCRIPT}.py can use ({error!r})") from error
 
 
 class RefusedError(ValueError):
@@ -847,21 +850,24 @@ def check_args(args: Args) -> None:
     check("backtrack_coef", args.backtrack_coef < 1, "less than 1")
     floor = np.inf if args.resume else args.init_log_std  # a saved policy may be below a new floor
     check("min_log_std", args.min_log_std <= floor, f"at most init_log_std, {floor}")
-    batch_size = least = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps
     check("num_steps", batch_size > 1, "at least 2 for one environment, as one sample has no variance")
     check("num_minibatches", batch_size % args.num_minibatches == 0, f"a divisor of num_envs * num_steps, {batch_size}")
-    check("device", args.device == "cpu" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
-    check("resume", not (args.resume and args.evaluate), "left out beside --evaluate")
+    check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
+    steps_so_far = 0
     if args.resume or args.evaluate:
+        check("resume", not (args.resume and args.evaluate), "left out beside --evaluate")
+        check("run_dir", not args.run_dir, "left out beside --resume and --evaluate")
         saved = load_checkpoint(args.resume or args.evaluate)
-        least += saved["global_step"] if args.resume else 0
         check("env_id", args.env_id == saved["args"]["env_id"], f"{saved['args']['env_id']}, as in the saved run")
-    check("total_timesteps", args.total_timesteps >= least, f"at least {least} for one batch of {batch_size} more")
-    taken = args.run_dir and (args.resume or args.evaluate or Path(args.run_dir, "checkpoint.pt").exists())
-    check("run_dir", not taken, "a directory without a saved run, and left out beside --resume and --evaluate")
+        steps_so_far = saved["global_step"] if args.resume else 0
+    elif args.run_dir:
+        check("run_dir", not Path(args.run_dir, "checkpoint.pt").exists(), "a directory without a saved run")
+    least = steps_so_far + batch_size
+    check("total_timesteps", args.total_timesteps >= least, f"at least {least}, for one more batch of {batch_size}")
     if args.capture_video and not args.evaluate:  # what it needs is missed now rather than after the training
-        with tempfile.TemporaryDirectory() as folder:
-            make_env(args.env_id, Path(folder, "videos")).close()
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+            make_env(args.env_id, opened, Path(folder, "videos"))
 
 
 @functools.cache
@@ -878,11 +884,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.resume or args.evaluate:  # the saved arguments are the defaults of those that are not given
             saved = load_checkpoint(args.resume or args.evaluate)["args"] | {"run_dir": None, "resume": None}
             if args.evaluate:  # perhaps on another machine, and without a video unless this command asks for one
-                saved |= {"device": "cpu", "capture_video": False}
+                saved |= {"device": Args.device, "num_threads": Args.num_threads, "capture_video": False}
             known = {name: value for name, value in saved.items() if name in vars(args)}  # Args may have changed since
             args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**known))
-            check_args(args)
         torch.set_num_threads(args.num_threads)
+        if args.evaluate:
+            check_args(args)
         run_dir = args.evaluate or train(args)
         returns = evaluate(args, run_dir)
         print(f"run directory: {run_dir}")
