@@ -78,9 +78,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     total_timesteps: int = 1_000_000  # steps of all environments together, rounded down to whole iterations [PPO paper]
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks live; small ones are faster on the CPU
     num_threads: int = 1  # CPU threads of PyTorch, set by the command line; small networks are fastest with one
-    compile: bool = (
-        False  # compile the critic's gradient: slow first step, then faster; needs a C++ compiler and Python.h
-    )
+    compile: bool = False  # compile the critic's gradient: slow first step, then faster; needs g++ or the like, Python.h
 
     # TRPO
     num_envs: int = 8  # environments stepped side by side [OpenAI Baselines: MPI workers]
@@ -109,9 +107,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     cg_damping: float = 0.1  # added to the diagonal of H, which samples leave singular [OpenAI Baselines]
     max_step_size: float | None = None  # take at most this many times the natural gradient; None: no limit [ACKTR]
     center_advantages: bool = True  # subtract the batch's mean from them [OpenAI Baselines]
-    normalize_advantages: bool = (
-        True  # divide them by the batch's std; counts with max_step_size only [OpenAI Baselines]
-    )
+    normalize_advantages: bool = True  # divide them by their std; matters with max_step_size only [OpenAI Baselines]
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
 
@@ -465,8 +461,8 @@ def full_step(x: Tensor, hessian_x: Tensor, max_kl: float, max_step_size: float 
 
 
 def keep_log_std(step: Tensor, agent: Agent, min_log_std: float) -> Tensor:
-    """The step, shortened where it would take a log standard deviation below min_log_std (benchmark/README.md). One that
-    is below already, as after a resume with a higher floor, is not pushed up."""
+    """The step, cut off where it would take a log standard deviation below min_log_std (benchmark/README.md). One that
+    is below it already, as after a resume with a higher floor, is not pushed up."""
     floors = []
     for parameter in agent.actor_parameters():
         floor = min_log_std if parameter is agent.actor_log_std else -torch.inf
