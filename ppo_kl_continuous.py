@@ -712,16 +712,22 @@ def compiled(function):
     return torch.compile(function)
 
 
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args. With --resume or --evaluate the saved arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    if args.resume or args.evaluate:
+        saved = load_checkpoint(args.resume or args.evaluate)["args"] | {"run_dir": None, "resume": None}
+        if args.evaluate:  # perhaps on another machine, and without a video unless this command asks for one
+            saved |= {"device": Args.device, "num_threads": Args.num_threads, "capture_video": False}
+        known = {name: value for name, value in saved.items() if name in vars(args)}  # Args may have changed since
+        args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**known))
+    return args
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train or resume, then evaluate; or only that. Exits with 2 for a refusal, 1 for a NaN, 128 + n for signal n."""
     try:
-        args = tyro.cli(Args, description=__doc__, args=argv)
-        if args.resume or args.evaluate:  # the saved arguments are the defaults of those that are not given
-            saved = load_checkpoint(args.resume or args.evaluate)["args"] | {"run_dir": None, "resume": None}
-            if args.evaluate:  # perhaps on another machine, and without a video unless this command asks for one
-                saved |= {"device": Args.device, "num_threads": Args.num_threads, "capture_video": False}
-            known = {name: value for name, value in saved.items() if name in vars(args)}  # Args may have changed since
-            args = tyro.cli(Args, description=__doc__, args=argv, default=Args(**known))
+        args = parse_args(argv)
         torch.set_num_threads(args.num_threads)
         if args.evaluate:
             check_args(args)
