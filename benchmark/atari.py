@@ -8,6 +8,7 @@ with the logits as they are, doubled, and with the most likely action alone.
 """
 
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +21,17 @@ sys.path.append(str(Path(__file__).parent.parent))
 import ppo_atari as script
 
 
-def precision(args: script.Args, agents: dict[bool, script.Agent]) -> None:
+def precision(args: script.Args, agents: dict[bool, script.Agent], opened: ExitStack) -> None:
     """Print the differences between the agents in float32, False, and bfloat16, True, and between two minibatches."""
     torch.manual_seed(0)
-    envs = script.make_envs(args)
+    envs = script.make_envs(args, opened)
     obs, _ = envs.reset(seed=0)
     for _ in range(1024 // args.num_steps):
         rollout, obs, _ = script.collect(envs, agents[False], obs, args.num_steps, 0)
     images, actions = rollout.obs.flatten(0, 1), rollout.actions.flatten()
     with torch.no_grad():
         policies, values = zip(*(agent.both(images) for agent in agents.values()))
-    advantages, returns = script.estimate_advantages(agents[False], rollout, rollout.values.flatten(), args)
+    advantages, returns = script.estimate_advantages(agents[False], rollout, args)
     log_probs = [policy.log_prob(actions) for policy in policies]
     kl = torch.distributions.kl_divergence(*policies)
     print(f"  log-probability of the actions taken: mean difference {(log_probs[0] - log_probs[1]).abs().mean():.1e}")
@@ -39,10 +40,10 @@ def precision(args: script.Args, agents: dict[bool, script.Agent]) -> None:
     gradients, unclipped = {False: [], True: []}, replace(args, max_grad_norm=1e9)
     for rows in torch.cat([torch.randperm(len(images)) for _ in range(4)]).split(len(images) // args.num_minibatches):
         for bfloat16, agent in agents.items():
-            old = (x[rows] for x in (log_probs[bfloat16], advantages, returns, values[bfloat16]))
-            minibatch = (images[rows], actions[rows], *old)
-            parts = script.loss_gradient(agent, list(agent.parameters()), minibatch, unclipped)
-            gradients[bfloat16].append(torch.cat([part.flatten() for part in parts]))
+            agent.zero_grad()
+            minibatch = (x[rows] for x in (actions, log_probs[bfloat16], advantages, returns))
+            script.compute_gradient(agent, agent.pixels(images[rows]), *minibatch, unclipped)
+            gradients[bfloat16].append(torch.cat([p.grad.flatten() for p in agent.parameters()]))
     single, half = torch.stack(gradients[False]), torch.stack(gradients[True])
     pairs = {
         "of a minibatch in bfloat16": (single, half),
@@ -56,10 +57,10 @@ def precision(args: script.Args, agents: dict[bool, script.Agent]) -> None:
 
 
 @torch.no_grad()
-def play(args: script.Args, agent: script.Agent, sharpness: float, games: int = 2) -> None:
+def play(args: script.Args, agent: script.Agent, sharpness: float, opened: ExitStack, games: int = 2) -> None:
     """Print score and length of the first games of each emulator, actions drawn from logits times sharpness."""
     torch.manual_seed(0)
-    envs = script.make_envs(args)
+    envs = script.make_envs(args, opened)
     obs, _ = envs.reset(seed=0)
     scores, lengths = [[] for _ in range(args.num_envs)], []
     while min(map(len, scores)) < games:  # of each as many, as the first that are over are the short ones
@@ -80,15 +81,16 @@ def main(run_dirs: tyro.conf.Positional[list[Path]]) -> None:
     for run_dir in run_dirs:
         checkpoint = script.load_checkpoint(run_dir)
         args = script.Args(**{**checkpoint["args"], "num_threads": 1})
-        env = script.make_env(args.env_id)
         agents = {}
-        for bfloat16 in (False, True):
-            agents[bfloat16] = script.Agent(env.observation_space, env.action_space, bfloat16)
-            script.load_parts(checkpoint, agent=agents[bfloat16])
-        print(f"{run_dir}, step {checkpoint['global_step']:,}", flush=True)
-        precision(args, agents)
-        for sharpness in (1.0, 2.0, float("inf")):
-            play(args, agents[args.bfloat16], sharpness)
+        with ExitStack() as opened:
+            env = script.make_env(args.env_id, opened)
+            for bfloat16 in (False, True):
+                agents[bfloat16] = script.Agent(env.observation_space, env.action_space, bfloat16)
+                script.load_checkpoint(run_dir, agent=agents[bfloat16])
+            print(f"{run_dir}, step {checkpoint['global_step']:,}", flush=True)
+            precision(args, agents, opened)
+            for sharpness in (1.0, 2.0, float("inf")):
+                play(args, agents[args.bfloat16], sharpness, opened)
 
 
 if __name__ == "__main__":

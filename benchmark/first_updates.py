@@ -20,12 +20,13 @@ def main(name: str, arguments: list[str]) -> None:
     update = script.update
     print("negative advantages | mean absolute mean action")
 
-    def look_and_update(agent, optimizer, rollout, rewards, args, gradient):
-        advantages, *_ = script.estimate_advantages(agent, rollout, rewards, args)
+    def look_and_update(agent, *rest):
+        i = next(i for i, x in enumerate(rest) if isinstance(x, script.Rollout))
+        rollout, advantages = rest[i : i + 2]
         with torch.no_grad():
             mean = agent.distribution(rollout.obs.flatten(0, 1)).mean
         print(f"{(advantages < 0).float().mean():.1%} | {mean.abs().mean():.2f}", flush=True)
-        return update(agent, optimizer, rollout, rewards, args, gradient)
+        return update(agent, *rest)
 
     script.update = look_and_update
     script.train(script.parse_args(arguments))

@@ -8,6 +8,7 @@ the box of actions, the largest σ, and the episodes that ended. The run is the 
 
 import importlib
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 def main(name: str, arguments: list[str]) -> None:
     script = importlib.import_module(name)
     args = script.parse_args(arguments)
-    box = script.make_env(args.env_id).action_space
+    with ExitStack() as opened:
+        box = script.make_env(args.env_id, opened).action_space
     low, high = torch.as_tensor(box.low.ravel()), torch.as_tensor(box.high.ravel())
     update, steps, block = script.update, 0, []
     print("steps | largest mean | outside of the box | largest σ | episodes")

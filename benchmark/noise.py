@@ -7,6 +7,7 @@ Runs of the three continuous scripts; 20 episodes each, from the same starts.
 
 import importlib
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,15 +17,14 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 
 @torch.no_grad()
-def play(run_dir: Path, episodes: int = 20) -> None:
+def play(run_dir: Path, opened: ExitStack, episodes: int = 20) -> None:
     """Print mean return, mean length and reward a step at each k, and σ."""
     script = importlib.import_module(torch.load(run_dir / "checkpoint.pt", weights_only=True)["script"])
     checkpoint = script.load_checkpoint(run_dir)
     args = script.Args(**checkpoint["args"])
-    env = script.make_env(args.env_id)
-    spaces = env.observation_space, env.action_space
-    agent = script.Agent(*spaces, args.hidden_size, args.init_log_std, args.normalize_observations)
-    script.load_parts(checkpoint, agent=agent)
+    env = script.make_env(args.env_id, opened)
+    agent = script.Agent(env.observation_space, env.action_space, args)
+    script.load_checkpoint(run_dir, agent=agent)
     print(run_dir, "σ:", *(f"{std:.2f}" for std in agent.actor_log_std.exp()))
     torch.manual_seed(0)
     for k in (0.0, 0.5, 1.0, 1.5):
@@ -45,7 +45,8 @@ def play(run_dir: Path, episodes: int = 20) -> None:
 def main(run_dirs: tyro.conf.Positional[list[Path]]) -> None:
     torch.set_num_threads(1)
     for run_dir in run_dirs:
-        play(run_dir)
+        with ExitStack() as opened:
+            play(run_dir, opened)
 
 
 if __name__ == "__main__":

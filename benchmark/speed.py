@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,13 +64,8 @@ SECTIONS = {
         **{f"ppo_clip, batch {8 * n}": [*CLIP, "--num-steps", f"{n}"] for n in (64, 128, 256, 512, 1024)},
         "trpo, width 64": TRPO,
         "trpo, width 256": [*TRPO, "--hidden-size", "256"],
-        "Humanoid, sync, one core": [*ONE_CORE, *HUMANOID],
-        "Humanoid, async, one core": [*ONE_CORE, *HUMANOID, "--vectorization", "async"],
-        "Humanoid, sync, all cores": HUMANOID,
-        "Humanoid, async, all cores": [*HUMANOID, "--vectorization", "async"],
-        "Humanoid --compile, sync, one core": [*ONE_CORE, *HUMANOID, "--compile"],
-        "Humanoid --compile, async, one core": [*ONE_CORE, *HUMANOID, "--compile", "--vectorization", "async"],
-        "Humanoid --compile, async, all cores": [*HUMANOID, "--compile", "--vectorization", "async"],
+        "Humanoid": [*ONE_CORE, *HUMANOID],
+        "Humanoid --compile": [*ONE_CORE, *HUMANOID, "--compile"],
     },
     "time": {case: case for case in ("trpo", "trpo --compile", "ppo_clip", "ppo_clip --compile", "ppo_kl --compile")},
 }  # fmt: skip
@@ -172,11 +168,11 @@ def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
     script.RunningMeanStd.update = timed("statistics", script.RunningMeanStd.update)
     script.RewardScaler.forward = timed("statistics", script.RewardScaler.forward)
     if name == "trpo":
-        script.update_policy = timed("network", script.update_policy)
-    gradient_name, compiler = "critic_gradient" if name == "trpo" else "loss_gradient", torch.compile
-    torch.compile = lambda function: timed("network", compiler(function))
+        script.update = timed("network", script.update)
+    compiled = script.compiled
+    script.compiled = lambda function: timed("network", compiled(function))
     if "--compile" not in case:
-        setattr(script, gradient_name, timed("network", getattr(script, gradient_name)))
+        script.compute_gradient = timed("network", script.compute_gradient)
     log, marks = script.Run.log, []
 
     def first_and_last(run, *args):
@@ -209,7 +205,7 @@ def lower_bound(name: str, script) -> dict[str, float]:
             function()
         return 1e6 * (time.perf_counter() - start) / repeats
 
-    env = script.make_env("HalfCheetah-v5").unwrapped
+    env = script.make_env("HalfCheetah-v5", ExitStack()).unwrapped
     env.reset(seed=1)
     action = env.action_space.sample()
 

@@ -8,8 +8,10 @@ Every function below that returns a dictionary computes one figure's data; the o
 draws it. Each figure is written twice, for light and for dark pages. Needs matplotlib (benchmark/requirements.txt).
 """
 
+import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,16 +136,17 @@ def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: 
             old = agent.distribution(obs)
             old_log_probs = old.log_prob(actions)
         if script is trpo:
-            trpo.update_policy(agent, obs, actions, advantages, args)
+            nothing = torch.zeros(batch, 1, dtype=torch.bool)
+            rollout = trpo.Rollout(obs[:, None], actions[:, None], nothing.float(), obs[:, None], nothing, nothing)
+            trpo.update(agent, rollout, advantages, args)
         else:
-            zeros = torch.zeros(len(obs))  # no critic here: returns and old values
+            zeros = torch.zeros(len(obs))  # no critic here: returns
             about_old = [old.mean, old.stddev] if script is kl else []
-            samples = (obs, actions, old_log_probs, *about_old, advantages, zeros, zeros)
+            samples = (obs, actions, old_log_probs, *about_old, advantages, zeros)
             for _ in range(args.num_epochs):
                 for rows in torch.randperm(len(obs)).split(64):
-                    minibatch = tuple(x[rows] for x in samples)
-                    for parameter, grad in zip(parameters, script.loss_gradient(agent, parameters, minibatch, args)):
-                        parameter.grad = grad
+                    optimizer.zero_grad()
+                    script.compute_gradient(agent, *(x[rows] for x in samples), args)
                     optimizer.step()
         if script is kl:
             with torch.no_grad():
@@ -201,19 +204,20 @@ def real_batch(args: Args, iterations: int) -> tuple:
     """(agent, obs, actions, advantages) after some iterations of TRPO, before the next step of the policy."""
     torch.manual_seed(1)
     options = trpo.Args(env_id=args.env_id, hidden_size=args.hidden_size)
-    envs = trpo.make_envs(options)
-    agent = trpo.Agent(envs.single_observation_space, envs.single_action_space, args.hidden_size)
-    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=options.learning_rate, eps=1e-5)
-    scaler, running = trpo.RewardScaler(), torch.zeros(options.num_envs)
-    obs, _ = envs.reset(seed=1)
-    for i in range(iterations + 1):
-        rollout, obs, _ = trpo.collect(envs, agent, obs, options.num_steps, 0)
-        rewards = scaler(rollout.rewards, rollout.dones, options.gamma, running)
-        if i < iterations:
-            trpo.update(agent, optimizer, rollout, rewards, options, trpo.critic_gradient)
-            agent.obs_stats.update(rollout.obs.flatten(0, 1))
-    envs.close()
-    advantages, _, _ = trpo.estimate_advantages(agent, rollout, rewards, options)
+    with ExitStack() as opened:
+        envs = trpo.make_envs(options, opened)
+        agent = trpo.Agent(envs.single_observation_space, envs.single_action_space, options)
+        optimizer = torch.optim.Adam(agent.critic.parameters(), lr=options.learning_rate, eps=1e-5)
+        scaler = trpo.RewardScaler(options.num_envs, options.gamma)
+        obs, _ = envs.reset(seed=1)
+        for i in range(iterations + 1):
+            rollout, obs, _ = trpo.collect(envs, agent, obs, options.num_steps, 0)
+            rollout = rollout._replace(rewards=scaler(rollout.rewards, rollout.dones))
+            advantages, returns = trpo.estimate_advantages(agent, rollout, options)
+            if i < iterations:
+                trpo.update(agent, rollout, advantages, options)
+                trpo.fit_critic(agent, optimizer, rollout, returns, options)
+                agent.obs_stats.update(rollout.obs.flatten(0, 1))
     return agent, rollout.obs.flatten(0, 1), rollout.actions.flatten(0, 1), advantages
 
 
@@ -319,7 +323,7 @@ def kl_per_update(args: Args) -> dict:
     for name, (script, own, tag) in runs.items():
         with tempfile.TemporaryDirectory() as folder:
             common = {"env_id": args.env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
-            script.train(script.Args(**common, **own, run_dir=Path(folder), eval_episodes=1))
+            script.train(script.Args(**common, **own, run_dir=Path(folder)))
             events = EventAccumulator(folder, size_guidance={"scalars": 0})
             events.Reload()
             data[name] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
@@ -348,14 +352,11 @@ def cheetah(args: Args) -> None:
     """Three seconds of the saved policy, from its first evaluation episode."""
     from moviepy import VideoFileClip
 
-    saved = clip.load_checkpoint(args.film)
-    env_id = saved["args"]["env_id"]
-    env = clip.make_env(env_id)
-    agent = clip.Agent(env.observation_space, env.action_space, saved["args"]["hidden_size"])
-    agent.load_state_dict(saved["agent"])
     with tempfile.TemporaryDirectory() as folder:
-        clip.evaluate(agent, env_id, 1, seed=1, video_dir=Path(folder))
-        (video,) = Path(folder).glob("*.mp4")
+        run_dir = Path(shutil.copytree(args.film, Path(folder, "run"), ignore=shutil.ignore_patterns("videos")))
+        options = clip.parse_args(["--evaluate", str(run_dir), "--capture-video", "--eval-episodes", "1"])
+        clip.evaluate(options, run_dir)
+        (video,) = (run_dir / "videos").glob("*.mp4")
         with VideoFileClip(str(video)) as film:
             film = film.subclipped(2, 5).cropped(y1=200).resized(width=240)
             film.write_gif(str(args.folder / "cheetah.gif"), fps=12, logger=None)

@@ -96,4 +96,4 @@ def test_a_campaign_runs_what_is_missing_and_skips_what_is_there(tmp_path, monke
     assert "another campaign has done it" in run.run(args, "npg", "Pendulum-v1", 101)
     assert (tmp_path / "results" / "npg" / "Pendulum-v1__101.csv").read_text() == "the other's"
     (tmp_path / "runs" / "npg").rename(tmp_path / "runs" / "trpo_no_floor")
-    assert "other arguments (min_log_std, line_search)" in run.run(args, "trpo_no_floor", "Pendulum-v1", 101)
+    assert "other arguments (line_search, min_log_std)" in run.run(args, "trpo_no_floor", "Pendulum-v1", 101)
