@@ -15,7 +15,7 @@ grey, four of them stacked, up to 30 idle frames at the start, FIRE pressed once
 after a lost life, as OpenAI Baselines and CleanRL do), at most 108,000 frames. A lost life ends the learning episode,
 the game goes on. Rewards are learned from by their sign. Reported returns are raw scores of full games.
 
-`train` is algorithm 1 of the paper. Below it: one iteration, the mathematics, the network, the games, and last the
+`train` is algorithm 1 of the paper. Below it come one iteration, the mathematics, the network, the games, and last the
 bookkeeping, which is not PPO. Equation numbers are those of Schulman et al. 2017, arXiv 1707.06347; GAE is Schulman et
 al. 2016, arXiv 1506.02438, the network that of Mnih et al. 2015.
 
@@ -23,14 +23,14 @@ al. 2016, arXiv 1506.02438, the network that of Mnih et al. 2015.
     python ppo_atari.py --resume RUN_DIR --total-timesteps 20000000
     python ppo_atari.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. This command takes it away, but for the clip range
-that falls with the learning rate in the paper and stays here:
+The group "beyond the paper" in `Args` holds what later work added. This command takes it away, and sets the paper's
+epochs and c1; its clip range falls with the learning rate, the one here stays:
 
     python ppo_atari.py --num-epochs 3 --value-coef 1 --max-grad-norm 1e9 --no-center-advantages \
         --no-normalize-advantages
 
-Without a flag: a larger network than that of 2016 which the paper cites, as in CleanRL and OpenAI Baselines; orthogonal
-layers; an ε of 1e-5 in Adam. Learning curves are in README.md.
+These have no flag: a larger network than that of 2016 which the paper cites, as in CleanRL and OpenAI Baselines;
+orthogonal layers; an ε of 1e-5 in Adam.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def update(
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
     for epoch in range(args.num_epochs):
-        if epoch > 0 and args.recompute_advantages:  # the critic has learned in the meantime
+        if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             with torch.no_grad():
                 values = agent.value(pixels).view_as(rollout.values)
             advantages, returns = estimate_advantages(agent, rollout._replace(values=values), args)
@@ -535,7 +535,6 @@ class Run:
         self.args = args
         self.parts = parts
         self.global_step = 0
-        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -575,8 +574,7 @@ class Run:
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(self.global_step - self.bar.n)
-        self.iterations += 1
-        if self.iterations % self.args.checkpoint_interval == 0:
+        if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:

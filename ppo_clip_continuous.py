@@ -10,22 +10,24 @@ ratio of their probabilities under the new and the old policy. Far from the old 
 the ratio is clipped: once it has left 1 ± `clip_coef` in the direction that the action's advantage asks for, the action
 gives no further gradient. That is a cheap stand-in for the trust region of TRPO.
 
-`train` is algorithm 1 of the paper. Below it: one iteration, the mathematics, the networks, the environments, and last
-the bookkeeping, which is not PPO. Equation numbers are those of Schulman et al. 2017, arXiv 1707.06347; GAE is Schulman
-et al. 2016, arXiv 1506.02438.
+`train` is algorithm 1 of the paper. Below it come one iteration, the mathematics, the networks, the environments, and
+last the bookkeeping, which is not PPO. Equation numbers are those of Schulman et al. 2017, arXiv 1707.06347; GAE is
+Schulman et al. 2016, arXiv 1506.02438.
 
     python ppo_clip_continuous.py --env-id Walker2d-v5 --seed 2
     python ppo_clip_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python ppo_clip_continuous.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. This command takes it all away:
+The group "beyond the paper" in `Args` holds what later work added. Two of its defaults are unusual: the advantages are
+estimated anew before every epoch, and they are not normalised; benchmark/README.md shows what each does. This command
+takes the whole group away:
 
     python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
         --no-recompute-advantages --no-normalize-observations --no-scale-rewards
 
-Without a flag, where the paper is silent: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam;
-actions clipped to their bounds on the way into the environment; time limits that end an episode without counting as a
-termination; `Staggered` episodes. Learning curves and returns on ten tasks are in README.md.
+These have no flag, as the paper says nothing of them: orthogonal layers, the actor's last one close to 0; an ε of 1e-5
+in Adam; actions that are clipped to their bounds on the way into the environment; time limits that end an episode
+without counting as a termination; `Staggered` episodes.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the surrogate in K epochs of minibatches (after the first, by default, with new advantages each).
+            # Optimise the surrogate in K epochs of minibatches. Before each further one `update` estimates anew.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
@@ -177,9 +179,7 @@ def collect(
         if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):  # whole episodes: see `Staggered`
-                step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
-                episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+            episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
@@ -194,7 +194,7 @@ def collect(
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
     """(advantages, returns) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
-    # Step t led to what step t + 1 started from, except at the end of the rollout and of an episode.
+    # Step t led to where step t + 1 began, except at the end of the rollout and where an episode ended.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(
@@ -218,12 +218,12 @@ def update(
     obs = rollout.obs.flatten(0, 1)  # [num_steps * num_envs, obs_size]
     actions = rollout.actions.flatten(0, 1)
     with torch.no_grad():
-        old_log_probs = agent.distribution(obs).log_prob(actions)  # the agent is still π_old
+        old_log_probs = agent.distribution(obs).log_prob(actions)  # of π_old, which the agent still is
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
     for epoch in range(args.num_epochs):
-        if epoch > 0 and args.recompute_advantages:  # the critic has learned in the meantime
+        if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             advantages, returns = estimate_advantages(agent, rollout, args)
         order = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, advantages, returns)
@@ -451,6 +451,15 @@ class Staggered(gym.Wrapper):
         return np.copy(obs), reward, terminated, truncated or cut_short, {"cut_short": cut_short}
 
 
+def finished_episodes(infos: dict, done: np.ndarray, global_step: int) -> list[tuple[int, float, int]]:
+    """(global step, raw return, length) of the episodes that ended in this vector step, done [num_envs], uncut."""
+    episodes = []
+    for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):
+        step = int(global_step + 1 + i)  # each its own, as TensorBoard shows one value a step
+        episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+    return episodes
+
+
 def make_env(env_id: str, opened: ExitStack, video_dir: Path | None = None) -> gym.Env:
     """The environment with observations flattened to a vector, which `opened` closes; with video_dir the first episode
     is recorded there. Raises RefusedError where it cannot be made or does not fit."""
@@ -521,7 +530,6 @@ class Run:
         self.args = args
         self.parts = parts
         self.global_step = 0
-        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -561,8 +569,7 @@ class Run:
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(self.global_step - self.bar.n)
-        self.iterations += 1
-        if self.iterations % self.args.checkpoint_interval == 0:
+        if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:

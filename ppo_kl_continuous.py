@@ -6,14 +6,14 @@
 """Proximal policy optimization (PPO) with the KL penalty: adaptive, fixed or none; for continuous actions.
 
 PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken, weighted by the
-ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate means nothing, so
+ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate tells little, so
 the KL divergence from the old policy is subtracted, times a coefficient: the constraint of TRPO has become a price. No
 single price suits a whole run, so after every iteration it is doubled where the policy moved too far and halved where
 it moved too little.
 
-`train` is algorithm 1 of the paper with the objective of its section 4. Below it: one iteration, the mathematics, the
-networks, the environments, and last the bookkeeping, which is not PPO. Equation numbers are those of Schulman et al.
-2017, arXiv 1707.06347; GAE is Schulman et al. 2016, arXiv 1506.02438.
+`train` is algorithm 1 of the paper with the objective of its section 4. Below it come one iteration, the mathematics,
+the networks, the environments, and last the bookkeeping, which is not PPO. Equation numbers are those of Schulman et
+al. 2017, arXiv 1707.06347; GAE is Schulman et al. 2016, arXiv 1506.02438.
 
     python ppo_kl_continuous.py --env-id Walker2d-v5 --seed 2
     python ppo_kl_continuous.py --kl-coef 3 --no-adapt-kl-coef        # fixed penalty
@@ -27,9 +27,9 @@ The group "beyond the paper" in `Args` holds what later work added. This command
         --no-recompute-advantages --no-normalize-observations --no-scale-rewards --target-kl 0.01 \
         --no-center-advantages --no-normalize-advantages
 
-Without a flag, where the paper is silent: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam;
-actions clipped to their bounds on the way into the environment; time limits that end an episode without counting as a
-termination; `Staggered` episodes. Learning curves and returns on ten tasks are in README.md.
+These have no flag, as the paper says nothing of them: orthogonal layers, the actor's last one close to 0; an ε of 1e-5
+in Adam; actions that are clipped to their bounds on the way into the environment; time limits that end an episode
+without counting as a termination; `Staggered` episodes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the penalised surrogate in K epochs of minibatches (each, by default, with new advantages).
+            # Optimise the penalised surrogate in K epochs of minibatches. Before each further one `update` estimates anew.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
@@ -189,9 +189,7 @@ def collect(
         if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):  # whole episodes: see `Staggered`
-                step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
-                episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+            episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
@@ -206,7 +204,7 @@ def collect(
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
     """(advantages, returns) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
-    # Step t led to what step t + 1 started from, except at the end of the rollout and of an episode.
+    # Step t led to where step t + 1 began, except at the end of the rollout and where an episode ended.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(
@@ -230,13 +228,13 @@ def update(
     obs = rollout.obs.flatten(0, 1)  # [num_steps * num_envs, obs_size]
     actions = rollout.actions.flatten(0, 1)
     with torch.no_grad():
-        old = agent.distribution(obs)  # the agent is still π_old
+        old = agent.distribution(obs)  # π_old, which the agent still is
         old_log_probs = old.log_prob(actions)
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
     for epoch in range(args.num_epochs):
-        if epoch > 0 and args.recompute_advantages:  # the critic has learned in the meantime
+        if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             advantages, returns = estimate_advantages(agent, rollout, args)
         order = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, old.mean, old.stddev, advantages, returns)
@@ -492,6 +490,15 @@ class Staggered(gym.Wrapper):
         return np.copy(obs), reward, terminated, truncated or cut_short, {"cut_short": cut_short}
 
 
+def finished_episodes(infos: dict, done: np.ndarray, global_step: int) -> list[tuple[int, float, int]]:
+    """(global step, raw return, length) of the episodes that ended in this vector step, done [num_envs], uncut."""
+    episodes = []
+    for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):
+        step = int(global_step + 1 + i)  # each its own, as TensorBoard shows one value a step
+        episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+    return episodes
+
+
 def make_env(env_id: str, opened: ExitStack, video_dir: Path | None = None) -> gym.Env:
     """The environment with observations flattened to a vector, which `opened` closes; with video_dir the first episode
     is recorded there. Raises RefusedError where it cannot be made or does not fit."""
@@ -562,7 +569,6 @@ class Run:
         self.args = args
         self.parts = parts
         self.global_step = 0
-        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -602,8 +608,7 @@ class Run:
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(self.global_step - self.bar.n)
-        self.iterations += 1
-        if self.iterations % self.args.checkpoint_interval == 0:
+        if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:

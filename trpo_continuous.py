@@ -17,26 +17,27 @@ divergence from the old one is at most `max_kl`.
   rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG, with the step size that `max_kl`
   gives, where Kakade has a constant.
 
-`train` is the paper's algorithm in six steps. Below it: one iteration, the mathematics, the networks, the environments,
-and last the bookkeeping, which is not TRPO. Equation numbers are those of Schulman et al. 2015, arXiv 1502.05477; NPG
-is Kakade 2001, GAE is Schulman et al. 2016, arXiv 1506.02438.
+`train` is the paper's algorithm in six steps. Below it come one iteration, the mathematics, the networks, the
+environments, and last the bookkeeping, which is not TRPO. Equation numbers are those of Schulman et al. 2015, arXiv
+1502.05477; NPG is Kakade 2001, GAE is Schulman et al. 2016, arXiv 1506.02438.
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
     python trpo_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python trpo_continuous.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. This command takes it all away:
+The group "beyond the paper" in `Args` holds what later work added. This command takes it away, and sets batch and
+advantages as the paper has them for its swimmer:
 
-    python trpo_continuous.py --num-envs 50 --num-steps 1000 --gae-lambda 1 --cg-damping 0 --fisher-subsample 11 \
-        --init-log-std 0 --min-log-std -10 --no-center-advantages --no-normalize-advantages --no-anneal-lr \
+    python trpo_continuous.py --num-envs 50 --num-steps 1000 --gae-lambda 1 --hidden-size 30 --fisher-subsample 9 \
+        --init-log-std 0 --min-log-std -10 --cg-damping 0 --no-center-advantages --no-normalize-advantages \
         --no-normalize-observations --no-scale-rewards --total-timesteps 10000000
 
-Without a flag: a learned critic as baseline, and two hidden layers where the paper has one; besides, where the paper is
-silent: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam; actions clipped to their bounds on the
-way into the environment; time limits that end an episode without counting as a termination; `Staggered` episodes. The
-bound on the KL holds between policies with the same observation statistics; their change between two iterations adds to
-it, noticeably after the first one. Learning curves and returns on ten tasks are in README.md.
+These have no flag: a learned critic as baseline, two hidden layers where the paper has one, and what it says nothing
+of: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam; actions that are clipped to their bounds
+on the way into the environment; time limits that end an episode without counting as a termination; `Staggered`
+episodes. The bound on the KL holds between policies with the same observation statistics; their change between two iterations
+adds to it, noticeably after the first one.
 """
 
 from __future__ import annotations
@@ -200,9 +201,7 @@ def collect(
         if done.any():  # these environments have already begun their next episode: next_obs is its first observation
             successor = next_obs.copy()
             successor[done] = np.stack(infos["final_obs"][done])
-            for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):  # whole episodes: see `Staggered`
-                step = int(global_step + 1 + i)  # one of its own, as TensorBoard shows one value a step
-                episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+            episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
@@ -217,7 +216,7 @@ def collect(
 def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
     """(advantages, returns) of the rollout by the current critic, each [num_steps * num_envs]."""
     values = agent.value(rollout.obs)
-    # Step t led to what step t + 1 started from, except at the end of the rollout and of an episode.
+    # Step t led to where step t + 1 began, except at the end of the rollout and where an episode ended.
     next_values = torch.cat([values[1:], agent.value(rollout.next_obs[-1:])])
     next_values[rollout.dones] = agent.value(rollout.next_obs[rollout.dones])
     advantages, returns = compute_gae(
@@ -313,7 +312,7 @@ def fit_critic(
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
 
     for epoch in range(args.critic_epochs):
-        if epoch > 0 and args.recompute_advantages:  # the critic has learned in the meantime
+        if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             _, returns = estimate_advantages(agent, rollout, args)
         order = torch.randperm(len(obs), device=obs.device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in (obs, returns))):
@@ -650,6 +649,15 @@ class Staggered(gym.Wrapper):
         return np.copy(obs), reward, terminated, truncated or cut_short, {"cut_short": cut_short}
 
 
+def finished_episodes(infos: dict, done: np.ndarray, global_step: int) -> list[tuple[int, float, int]]:
+    """(global step, raw return, length) of the episodes that ended in this vector step, done [num_envs], uncut."""
+    episodes = []
+    for i in np.flatnonzero(done & ~infos["final_info"]["cut_short"]):
+        step = int(global_step + 1 + i)  # each its own, as TensorBoard shows one value a step
+        episodes.append((step, float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])))
+    return episodes
+
+
 def make_env(env_id: str, opened: ExitStack, video_dir: Path | None = None) -> gym.Env:
     """The environment with observations flattened to a vector, which `opened` closes; with video_dir the first episode
     is recorded there. Raises RefusedError where it cannot be made or does not fit."""
@@ -720,7 +728,6 @@ class Run:
         self.args = args
         self.parts = parts
         self.global_step = 0
-        self.iterations = 0
         self.recent_returns = deque(maxlen=100)
         self.stop_signal = 0
         if args.resume:
@@ -760,8 +767,7 @@ class Run:
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(self.global_step - self.bar.n)
-        self.iterations += 1
-        if self.iterations % self.args.checkpoint_interval == 0:
+        if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
