@@ -6,7 +6,7 @@
 """Proximal policy optimization (PPO) with the clipped surrogate, for Atari games, from pixels.
 
 PPO improves a stochastic policy by gradient ascent on a surrogate: the advantage of the actions taken, weighted by the
-ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate means nothing, so
+ratio of their probabilities under the new and the old policy. Far from the old policy the surrogate tells little, so
 the ratio is clipped; `ppo_clip_continuous.py` tells the story. Here actor and critic share a convolutional network, the
 actions are the buttons of a joystick, and observations stay bytes until they reach the network.
 
@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# PyTorch reads it at import: its idle threads sleep after microseconds, and leave the cores to the emulators' threads.
+# OpenMP reads it when PyTorch is imported: idle threads sleep after microseconds, and leave their cores to the games.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import ale_py
@@ -108,7 +108,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
     checkpoint_interval: int = 10  # iterations between checkpoints; one more at the end, on Ctrl-C and on SIGTERM
-    resume: Path | None = None  # go on with the run in this directory; arguments that are not given anew stay
+    resume: Path | None = None  # go on with this run, with its arguments except those given anew (lr follows the total)
     evaluate: Path | None = None  # only play the policy saved in this directory
     eval_episodes: int = 10  # games of the evaluation after training, or of --evaluate; actions are sampled there too
     capture_video: bool = False  # record the first evaluation game, in colour, as an mp4 in the run directory's videos/
@@ -250,7 +250,7 @@ def update(
         if args.target_kl is not None and approximate_kl(agent, pixels, actions, old_log_probs) > args.target_kl:
             break
 
-    with torch.no_grad():
+    with torch.no_grad():  # obs and i are still those of the last minibatch
         distribution, values = agent.both(obs)
         ratio = (distribution.log_prob(actions[i]) - old_log_probs[i]).exp()
         metrics = {
@@ -316,8 +316,8 @@ def compute_gae(
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """L^CLIP of each sample (eq. 7), to be maximised; ratio = π(a|s) / π_old(a|s), all [batch].
 
-    The minimum takes the clipped term only where that is the smaller one: moving further can stop paying off, but a
-    ratio on the wrong side of 1 is always pulled back.
+    The minimum makes this a pessimistic bound: moving an action's probability further as its advantage asks for stops
+    paying off at 1 ± ε, but a ratio that has gone the wrong way is always pulled back.
     """
     return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
 
@@ -326,8 +326,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
     """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
 
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for actions that π was not fitted to; here π
-    was, so what it says beyond the KL is noise and overfitting to these very actions.
+    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
+    very actions, so where it is far above the true KL, π overfits them.
     """
     log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
     return (log_ratio.exp() - 1.0 - log_ratio).mean()

@@ -20,7 +20,7 @@ Schulman et al. 2016, arXiv 1506.02438.
 
 The group "beyond the paper" in `Args` holds what later work added. Two of its defaults are unusual: the advantages are
 estimated anew before every epoch, and they are not normalised; benchmark/README.md shows what each does. This command
-takes the whole group away:
+takes the whole group away, and steps one environment as the paper did:
 
     python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
         --no-recompute-advantages --no-normalize-observations --no-scale-rewards
@@ -78,7 +78,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     gamma: float = 0.99  # discount factor, in [0, 1] [table 3]
     gae_lambda: float = 0.95  # decay of the advantage estimator, in [0, 1] [table 3]
     clip_coef: float = 0.2  # ε of eq. 7: how far a ratio may move before its gradient stops [table 1]
-    value_coef: float = 0.5  # c1 of eq. 9, weight of the value loss [not given for separate networks; SB3]
+    value_coef: float = 0.5  # c1 of eq. 9, weight of the value loss; acts through max_grad_norm [SB3]
     entropy_coef: float = 0.0  # c2 of eq. 9, weight of the entropy bonus [sec. 6.1]
     hidden_size: int = 64  # width of the two hidden layers of actor and critic [sec. 6.1]
 
@@ -96,7 +96,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
     checkpoint_interval: int = 10  # iterations between checkpoints; one more at the end, on Ctrl-C and on SIGTERM
-    resume: Path | None = None  # go on with the run in this directory; arguments that are not given anew stay
+    resume: Path | None = None  # go on with this run, with its arguments except those given anew (lr follows the total)
     evaluate: Path | None = None  # only play the policy saved in this directory
     eval_episodes: int = 10  # episodes of the noise-free evaluation after training, or of --evaluate
     capture_video: bool = False  # record the first evaluation episode as an mp4 in the run directory's videos/
@@ -129,12 +129,12 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the surrogate in K epochs of minibatches. Before each further one `update` estimates anew.
+            # Optimise the surrogate in K epochs of minibatches. Before each further one `update` re-estimates.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-            # The result is the next π_old. The statistics of observations change only here, between two iterations.
+            # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:
                 agent.obs_stats.update(rollout.obs.flatten(0, 1))
             run.global_step += batch_size
@@ -182,6 +182,7 @@ def collect(
             episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
+        check_finite("an observation", successor, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
         obs = next_obs
 
@@ -300,8 +301,8 @@ def compute_gae(
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """L^CLIP of each sample (eq. 7), to be maximised; ratio = π(a|s) / π_old(a|s), all [batch].
 
-    The minimum takes the clipped term only where that is the smaller one: moving further can stop paying off, but a
-    ratio on the wrong side of 1 is always pulled back.
+    The minimum makes this a pessimistic bound: moving an action's probability further as its advantage asks for stops
+    paying off at 1 ± ε, but a ratio that has gone the wrong way is always pulled back.
     """
     return torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages)
 
@@ -310,8 +311,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
     """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
 
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for actions that π was not fitted to; here π
-    was, so what it says beyond the KL is noise and overfitting to these very actions.
+    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
+    very actions, so where it is far above the true KL, π overfits them.
     """
     log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
     return (log_ratio.exp() - 1.0 - log_ratio).mean()
@@ -390,7 +391,7 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the std of a discounted sum of past rewards, as OpenAI Baselines: returns vary by about 1."""
+    """Divides rewards by the std of the discounted sum of an episode's past rewards (after OpenAI Baselines)."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -407,7 +408,7 @@ class RewardScaler(nn.Module):
             sums.append(self.discounted_sums.clone())
             self.discounted_sums[done] = 0.0
         self.stats.update(torch.cat(sums))
-        # Where the sum hardly varies, 1e-4 of its mean stands in for its std, whatever the unit of the rewards.
+        # Where the sum hardly varies, as under a constant reward, the std is rounding: take 1e-4 of the mean instead.
         std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
         return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 

@@ -21,7 +21,8 @@ al. 2017, arXiv 1707.06347; GAE is Schulman et al. 2016, arXiv 1506.02438.
     python ppo_kl_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python ppo_kl_continuous.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. This command takes it all away:
+The group "beyond the paper" in `Args` holds what later work added. This command takes it away, and sets one environment
+and a target as in the paper:
 
     python ppo_kl_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
         --no-recompute-advantages --no-normalize-observations --no-scale-rewards --target-kl 0.01 \
@@ -82,7 +83,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     kl_coef: float = 1.0  # β of eq. 8 at the start; a resumed run goes on with the β that it had reached [sec. 4]
     adapt_kl_coef: bool = True  # double or halve β after an iteration; off: it stays kl_coef [sec. 4]
     target_kl: float = 0.02  # d_targ of sec. 4: mean KL in nats that an iteration is to reach [table 1: 0.003 to 0.03]
-    value_coef: float = 0.5  # c1 of eq. 9, weight of the value loss [not given for separate networks; SB3]
+    value_coef: float = 0.5  # c1 of eq. 9, weight of the value loss; acts through max_grad_norm [SB3]
     entropy_coef: float = 0.0  # c2 of eq. 9, weight of the entropy bonus [sec. 6.1]
     hidden_size: int = 64  # width of the two hidden layers of actor and critic [sec. 6.1]
 
@@ -99,7 +100,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
     checkpoint_interval: int = 10  # iterations between checkpoints; one more at the end, on Ctrl-C and on SIGTERM
-    resume: Path | None = None  # go on with the run in this directory; arguments that are not given anew stay
+    resume: Path | None = None  # go on with this run, with its arguments except those given anew (lr follows the total)
     evaluate: Path | None = None  # only play the policy saved in this directory
     eval_episodes: int = 10  # episodes of the noise-free evaluation after training, or of --evaluate
     capture_video: bool = False  # record the first evaluation episode as an mp4 in the run directory's videos/
@@ -135,7 +136,7 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the penalised surrogate in K epochs of minibatches. Before each further one `update` estimates anew.
+            # Optimise the penalised surrogate in K epochs of minibatches. Before each further one `update` re-estimates.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
@@ -144,7 +145,7 @@ def train(args: Args) -> Path:
             if args.adapt_kl_coef:
                 agent.kl_coef.fill_(adapt_kl_coef(float(agent.kl_coef), metrics["losses/kl"], args.target_kl))
 
-            # The result is the next π_old. The statistics of observations change only here, between two iterations.
+            # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:
                 agent.obs_stats.update(rollout.obs.flatten(0, 1))
             run.global_step += batch_size
@@ -192,6 +193,7 @@ def collect(
             episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
+        check_finite("an observation", successor, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
         obs = next_obs
 
@@ -333,9 +335,8 @@ def kl_penalized_surrogate(ratio: Tensor, advantages: Tensor, kl: Tensor, kl_coe
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     """β for the next iteration, from the mean KL that this one has moved the policy by (sec. 4).
 
-    Too far, kl > 1.5 target_kl: the price doubles; too little, kl < target_kl / 1.5: it halves. A slide deck in
-    circulation says that β shrinks when the KL is too high; it is the other way round. Kept within [1e-4, 1e4], as a β
-    of 0 or infinity could never come back.
+    Too far, kl > 1.5 target_kl: the price doubles; too little, kl < target_kl / 1.5: it halves. The bounds, 1e-4 and
+    1e4, are not the paper's: a β of 0 or infinity could never come back.
     """
     if kl > 1.5 * target_kl:
         kl_coef = kl_coef * 2.0
@@ -348,8 +349,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
     """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
 
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for actions that π was not fitted to; here π
-    was, so what it says beyond the KL is noise and overfitting to these very actions.
+    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
+    very actions, so where it is far above the true KL, π overfits them.
     """
     log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
     return (log_ratio.exp() - 1.0 - log_ratio).mean()
@@ -429,7 +430,7 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the std of a discounted sum of past rewards, as OpenAI Baselines: returns vary by about 1."""
+    """Divides rewards by the std of the discounted sum of an episode's past rewards (after OpenAI Baselines)."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -446,7 +447,7 @@ class RewardScaler(nn.Module):
             sums.append(self.discounted_sums.clone())
             self.discounted_sums[done] = 0.0
         self.stats.update(torch.cat(sums))
-        # Where the sum hardly varies, 1e-4 of its mean stands in for its std, whatever the unit of the rewards.
+        # Where the sum hardly varies, as under a constant reward, the std is rounding: take 1e-4 of the mean instead.
         std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
         return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 

@@ -14,30 +14,30 @@ divergence from the old one is at most `max_kl`.
 - Why conjugate gradient: H has as many rows as the policy has parameters. Conjugate gradient solves H x = g with
   nothing but products H v, each about as cheap as two gradients; H is never formed.
 - Why a line search: the linear and the quadratic model are only models. The step is shortened until the true surrogate
-  rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG, with the step size that `max_kl`
-  gives, where Kakade has a constant.
+  rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG. (Kakade's step size is a
+  constant; here `max_kl` gives it.)
 
-`train` is the paper's algorithm in six steps. Below it come one iteration, the mathematics, the networks, the
-environments, and last the bookkeeping, which is not TRPO. Equation numbers are those of Schulman et al. 2015, arXiv
-1502.05477; NPG is Kakade 2001, GAE is Schulman et al. 2016, arXiv 1506.02438.
+`train` is the practical algorithm of the paper's section 6, in six steps of our numbering. Below it come one iteration,
+the mathematics, the networks, the environments, and last the bookkeeping, which is not TRPO. Equation numbers are those
+of Schulman et al. 2015, arXiv 1502.05477; NPG is Kakade 2001, GAE is Schulman et al. 2016, arXiv 1506.02438.
 
     python trpo_continuous.py --env-id Walker2d-v5 --seed 2
     python trpo_continuous.py --no-line-search
     python trpo_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python trpo_continuous.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. This command takes it away, and sets batch and
-advantages as the paper has them for its swimmer:
+The group "beyond the paper" in `Args` holds what later work added. This command takes it away, and sets batch, network
+and advantages as the paper has them for its swimmer:
 
-    python trpo_continuous.py --num-envs 50 --num-steps 1000 --gae-lambda 1 --hidden-size 30 --fisher-subsample 9 \
-        --init-log-std 0 --min-log-std -10 --cg-damping 0 --no-center-advantages --no-normalize-advantages \
-        --no-normalize-observations --no-scale-rewards --total-timesteps 10000000
+    python trpo_continuous.py --env-id Swimmer-v5 --num-envs 50 --num-steps 1000 --gae-lambda 1 --hidden-size 30 \
+        --fisher-subsample 9 --init-log-std 0 --min-log-std -10 --cg-damping 0 --no-center-advantages \
+        --no-normalize-advantages --no-normalize-observations --no-scale-rewards --total-timesteps 10000000
 
 These have no flag: a learned critic as baseline, two hidden layers where the paper has one, and what it says nothing
 of: orthogonal layers, the actor's last one close to 0; an ε of 1e-5 in Adam; actions that are clipped to their bounds
 on the way into the environment; time limits that end an episode without counting as a termination; `Staggered`
-episodes. The bound on the KL holds between policies with the same observation statistics; their change between two iterations
-adds to it, noticeably after the first one.
+episodes. The bound on the KL holds between policies with the same observation statistics; their change between two
+iterations adds to it, noticeably after the first one.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     max_kl: float = 0.01  # δ of eq. 14, the trust region: how far one update may move the mean KL, in nats [app. E]
     cg_iterations: int = 10  # of conjugate gradient, at most [app. C.1]
     cg_residual_tolerance: float = 1e-5  # it stops where ‖g - Hx‖ <= this * min(1, ‖g‖) [size: OpenAI Baselines]
-    fisher_subsample: int = 1  # H from every n-th sample; best without a common factor with num_envs [app. C.1: 10%]
+    fisher_subsample: int = 1  # H from every n-th sample, in order of step, then environment [app. C.1: 10%]
     line_search: bool = True  # shorten the step until it keeps what it promises [app. C]; off: natural policy gradient
     backtrack_coef: float = 0.8  # α of the line search: each further try is this times as long [Spinning Up]
     max_backtracks: int = 10  # lengths that it tries before the step is given up [Spinning Up, OpenAI Baselines]
@@ -115,7 +115,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
     checkpoint_interval: int = 10  # iterations between checkpoints; one more at the end, on Ctrl-C and on SIGTERM
-    resume: Path | None = None  # go on with the run in this directory; arguments that are not given anew stay
+    resume: Path | None = None  # go on with this run, with its arguments except those given anew (lr follows the total)
     evaluate: Path | None = None  # only play the policy saved in this directory
     eval_episodes: int = 10  # episodes of the noise-free evaluation after training, or of --evaluate
     capture_video: bool = False  # record the first evaluation episode as an mp4 in the run directory's videos/
@@ -123,7 +123,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
 
 # ---------------------------------------------------------------------------- the algorithm
 def train(args: Args) -> Path:
-    """TRPO, algorithm 1 of the paper in the practical form of its section 6, in six steps.
+    """TRPO, the practical algorithm of the paper's section 6 and appendix C, in six steps.
 
     Returns the run directory. Raises RefusedError, before any work, for arguments that cannot work, FloatingPointError
     for a NaN or an infinity, and SystemExit after Ctrl-C or SIGTERM. Checkpoints already written stay good.
@@ -156,7 +156,7 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics |= fit_critic(agent, optimizer, rollout, returns, args)
 
-            # The result is the next π_old. The statistics of observations change only here, between two iterations.
+            # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:
                 agent.obs_stats.update(rollout.obs.flatten(0, 1))
             run.global_step += batch_size
@@ -204,6 +204,7 @@ def collect(
             episodes += finished_episodes(infos, done, global_step)
         global_step += envs.num_envs
         check_finite("a reward", reward, global_step)
+        check_finite("an observation", successor, global_step)
         steps.append((obs, action, reward.astype(np.float32), successor, terminated, done))
         obs = next_obs
 
@@ -253,7 +254,7 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
 
-    # Step 5: the full step Δ, to the edge of the trust region.
+    # Step 5: the full step Δ, to the edge of the modelled trust region, where no log-std falls below its floor by it.
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
     step = keep_log_std(step, agent, args.min_log_std)
 
@@ -367,8 +368,8 @@ def compute_gae(
 
 
 def surrogate_advantage(ratio: Tensor, advantages: Tensor) -> Tensor:
-    """L(θ) = E[r Â] (eq. 14, with the advantage for its Q: a constant apart), a scalar to be maximised; ratio
-    r = π(a|s) / π_old(a|s), both [batch]."""
+    """L(θ) = E[r Â], a scalar to be maximised; ratio r = π(a|s) / π_old(a|s), both [batch]. Eq. 14 has Q in place of
+    the advantage; in expectation the two differ by V(s), which θ does not change."""
     return (ratio * advantages).mean()
 
 
@@ -401,12 +402,12 @@ def fisher_vector_product(
 ) -> Callable[[Tensor], Tensor]:
     """The function v -> (H + damping I) v, where H is the Hessian of the mean KL at θ_old, the Fisher matrix.
 
-    H = Jᵀ M J (app. C.1): J is the Jacobian of what the network says, mean and standard deviation of each
-    state's Gaussian, with respect to θ; M is the Hessian of the Gaussian KL in these two, which is diagonal
-    and known. (The network's own second derivatives do not appear: at θ_old the slope of the KL, their
-    factor, is 0.) Both products come from automatic differentiation, so no n x n matrix is ever formed,
-    whatever some tutorials say. `policy` are the distributions of a batch of states, still attached
-    to their graph; v and the product are [number of parameters].
+    H = Jᵀ M J (app. C.1): J is the Jacobian of what the network says, mean and standard deviation of each state's
+    Gaussian, with respect to θ; M is the Hessian of the Gaussian KL in these two, which is diagonal and known. (The
+    network's own second derivatives do not appear: at θ_old the slope of the KL, their factor, is 0.) Automatic
+    differentiation gives products with Jᵀ; J v is the derivative of vᵀ(Jᵀu) with respect to u, which need not have any
+    particular value. So no n x n matrix is ever formed. `policy` are the distributions of a batch of states, still
+    attached to their graph; v and the product are [number of parameters].
     """
     outputs = torch.stack([policy.mean, policy.stddev])  # [2, batch, action_size]
     variance = policy.variance.detach()
@@ -504,8 +505,8 @@ def line_search(
 def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
     """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
 
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for actions that π was not fitted to; here π
-    was, so what it says beyond the KL is noise and overfitting to these very actions.
+    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
+    very actions, so where it is far above the true KL, π overfits them.
     """
     log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
     return (log_ratio.exp() - 1.0 - log_ratio).mean()
@@ -588,7 +589,7 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the std of a discounted sum of past rewards, as OpenAI Baselines: returns vary by about 1."""
+    """Divides rewards by the std of the discounted sum of an episode's past rewards (after OpenAI Baselines)."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -605,7 +606,7 @@ class RewardScaler(nn.Module):
             sums.append(self.discounted_sums.clone())
             self.discounted_sums[done] = 0.0
         self.stats.update(torch.cat(sums))
-        # Where the sum hardly varies, 1e-4 of its mean stands in for its std, whatever the unit of the rewards.
+        # Where the sum hardly varies, as under a constant reward, the std is rounding: take 1e-4 of the mean instead.
         std = torch.maximum(self.stats.var.sqrt(), 1e-4 * self.stats.mean.abs())
         return rewards * (1.0 / std).to(rewards.dtype) if std > 0.0 else rewards
 
