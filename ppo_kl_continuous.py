@@ -136,7 +136,7 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the penalised surrogate in K epochs of minibatches. Before each further one `update` re-estimates.
+            # Optimise the penalised surrogate in K epochs of minibatches. Before each new one `update` re-estimates.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)

@@ -1,5 +1,8 @@
 """Tiny environments with known answers; importing this module registers them."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 
@@ -7,7 +10,7 @@ import numpy as np
 class Endless(gym.Env):
     """Reward 1 for ever, from one state: worth 1 / (1 - γ). A time limit ends each episode after 20 steps."""
 
-    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
     action_space = gym.spaces.Box(-1.0, 1.0, (1,))
 
     def reset(self, *, seed=None, options=None):
@@ -18,65 +21,36 @@ class Endless(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
-class Spoiled(Endless):
-    """Returns a NaN reward, or an infinite observation or one beyond float32, at its 300th step."""
+class Held(Endless):
+    """Counts how many of it are open; `limit` may be at a time. `fault` happens at its 95th step, or at its start."""
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
-    steps = 0
+    opened, limit = 0, 2
 
-    def __init__(self, what):
-        self.what = what
-
-    def step(self, action):
-        obs, reward, *rest = super().step(action)
-        self.steps += 1
-        if self.steps == 300:
-            reward = np.nan if self.what == "reward" else reward
-            obs = obs.astype(float) + {"reward": 0.0, "observation": np.inf, "huge": 1e39}[self.what]
-        return obs, reward, *rest
-
-
-class InfiniteStart(Endless):
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    def __init__(self, fault=None):
+        if Held.opened == Held.limit:
+            raise RuntimeError(f"{Held.limit} are open")
+        Held.opened += 1
+        self.is_open, self.fault, self.t = True, fault, 0
 
     def reset(self, **kwargs):
-        return super().reset(**kwargs)[0] + np.float32(np.inf), {}
-
-
-class Five(Endless):
-    """Ends by itself after 5 steps, and its infos never have the same shape twice."""
-
-    length = 0
-
-    def reset(self, **kwargs):
-        self.t = 0
-        Five.length += 1
-        return super().reset(**kwargs)[0], {"history": np.zeros(Five.length)}
+        return super().reset(**kwargs)[0] + np.float32(np.inf if self.fault == "start" else 0.0), {}
 
     def step(self, action):
         self.t += 1
-        obs, reward, _, truncated, _ = super().step(action)
-        return obs, reward, self.t == 5, truncated, {"history": np.zeros(self.t)}
+        fault = self.fault if self.t == 95 else None
+        for _ in range(2 if fault == "signals" else 0):  # the second one ends the run at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        obs, reward = np.full(1, np.inf if fault == "observation" else 0.0, np.float32), 1.0
+        return obs, np.nan if fault == "reward" else reward, False, False, {}
 
-
-class Whole(Endless):
-    action_space = gym.spaces.Box(0, 10, (2,), np.int64)
-
-
-class Unbounded(Endless):
-    observation_space = gym.spaces.Sequence(gym.spaces.Box(-1.0, 1.0, (1,)))
-
-
-class Broken(Endless):
-    def __init__(self):
-        raise ValueError("no such\nfile")
+    def close(self):
+        Held.opened -= self.is_open
+        self.is_open = False
 
 
 class Counting(Endless):
     """Observes the number of the step within its episode, in an array that it fills again and again; the reward is the
     action that arrived."""
-
-    observation_space = gym.spaces.Box(0.0, 20.0, (1,))
 
     def __init__(self):
         self.t = np.zeros(1, np.float32)
@@ -94,32 +68,22 @@ class Counting(Endless):
 class Odd(gym.Env):
     """Dict observations with an image in them, actions in a 2 x 2 box that is not symmetric."""
 
-    observation_space = gym.spaces.Dict(
-        {"image": gym.spaces.Box(0, 255, (2, 3), np.uint8), "mode": gym.spaces.Discrete(3)}
-    )
-    action_space = gym.spaces.Box(np.array([[-2, 0], [0, 1]], np.float32), np.array([[2, 1], [3, 4]], np.float32))
-
-    def observe(self):
-        return {"image": np.full((2, 3), 7, np.uint8), "mode": 1}
+    image, low = gym.spaces.Box(0, 255, (2, 3), np.uint8), np.array([[-2, 0], [0, 1]], np.float32)
+    observation_space = gym.spaces.Dict({"image": image, "mode": gym.spaces.Discrete(3)})
+    action_space = gym.spaces.Box(low, low + 3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.observe(), {}
+        return {"image": np.full((2, 3), 7, np.uint8), "mode": 1}, {}
 
     def step(self, action):
         assert action.shape == (2, 2) and self.action_space.contains(action.astype(np.float32))
-        return self.observe(), float(action.sum()), False, False, {}
+        return self.reset()[0], float(action.sum()), False, False, {}
 
 
-gym.register("Endless-v0", Endless, max_episode_steps=20)
-gym.register("Limitless-v0", Endless)
-gym.register("NanReward-v0", Spoiled, max_episode_steps=20, kwargs={"what": "reward"})
-gym.register("InfiniteObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "observation"})
-gym.register("HugeObservation-v0", Spoiled, max_episode_steps=20, kwargs={"what": "huge"})
-gym.register("InfiniteStart-v0", InfiniteStart, max_episode_steps=20)
+for env in (Endless, Held, Odd):
+    gym.register(f"{env.__name__}-v0", env, max_episode_steps=20)
+for fault in ("reward", "observation", "start", "signals"):
+    gym.register(f"Held-{fault}-v0", Held, max_episode_steps=20, kwargs={"fault": fault})
 gym.register("Counting-v0", Counting, max_episode_steps=7)
-gym.register("Five-v0", Five, max_episode_steps=20)
-gym.register("Whole-v0", Whole, max_episode_steps=20)
-gym.register("Unbounded-v0", Unbounded, max_episode_steps=20)
-gym.register("Broken-v0", Broken, max_episode_steps=20)
-gym.register("Odd-v0", Odd, max_episode_steps=10)
+gym.register("Limitless-v0", Endless)
