@@ -48,6 +48,9 @@ def test_environments_that_never_fail_are_spread_over_their_episodes():
     assert ends == [[20, 40, 60], [5, 25, 45], [10, 30, 50], [15, 35, 55]]
     assert not rollout.terminations.any()  # a cut is bootstrapped, as a time limit is
     assert len(episodes) == 9 and all(episodic_return == length == 20 for _, episodic_return, length in episodes)
+    env = clip.Staggered(gym.make("toy_envs:Endless-v0"), 20)  # which would cut an episode where it ends anyway
+    env.reset()
+    assert [env.step(np.zeros(1, np.float32))[3:] for _ in range(20)][-1] == (True, {"cut_short": False})
 
 
 @pytest.mark.parametrize("center, normalize", [(False, False), (True, False), (False, True), (True, True)])
@@ -266,8 +269,8 @@ def test_the_coefficient_follows_the_exact_kl_once_an_iteration_and_across_a_res
 def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(script, tmp_path):
     """Reward 1 for ever at γ = 0.9 is worth 10. Taking the time limit for an end would give at most 8.8, and less
     on average: 5.6."""
-    options = {"num_envs": 8, "num_steps": 128, "num_minibatches": 8, "learning_rate": 1e-3}
-    run_dir = script.train(quick(script, tmp_path, 20, env_id="toy_envs:Endless-v0", gamma=0.9, **options))
+    options = {"num_envs": 8, "num_steps": 64, "num_minibatches": 8, "learning_rate": 3e-3}
+    run_dir = script.train(quick(script, tmp_path, 10, env_id="toy_envs:Endless-v0", gamma=0.9, **options))
     agent, scaler = agent_of(script, 1, 1), script.RewardScaler(8, 0.9)
     script.load_checkpoint(run_dir, agent=agent, reward_scaler=scaler)
     one = float(scaler(torch.ones(1, 8), torch.ones(1, 8).bool())[0, 0])

@@ -127,14 +127,16 @@ def test_a_stopped_process_resumes_where_it_was(number, tmp_path):
     assert steps == list(range(128, step + 2 * 128 + 1, 128))  # none lost, none twice
 
 
-def test_a_run_and_its_resumption_within_one_second_are_read_in_order(tmp_path, monkeypatch):
-    """TensorBoard reads event files in the order of their names: the second in which they begin, host, process."""
+def test_a_run_and_its_resumption_within_one_second_are_read_in_order_and_nothing_twice(tmp_path, monkeypatch):
+    """TensorBoard reads event files in the order of their names: the second in which they begin, host, process. What
+    was logged after the checkpoint from which a killed run goes on is forgotten."""
     clock = [1e9 + 0.5]
     monkeypatch.setattr(time, "time", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.append(clock.pop() + seconds))
     for iterations, process, where in ((2, 9, {"run_dir": tmp_path}), (4, 8, {"run_dir": None, "resume": tmp_path})):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         clip.train(quick(clip, iterations=iterations, **where))
+        torch.save({**clip.load_checkpoint(tmp_path), "global_step": 128}, tmp_path / "checkpoint.pt")
     assert [step for step, _ in scalars(tmp_path)["losses/value_loss"]] == [128, 256, 384, 512]
 
 
@@ -247,7 +249,7 @@ def test_a_video_needs_no_display_and_its_camera_follows_what_runs_away(tmp_path
             env.unwrapped.data.qpos[0] += 1.0  # 40 m ahead, where a camera that stands still sees the floor alone
             env.step(env.action_space.sample() * 0)
         last = env.render()
-    reddish = lambda frame: (frame[..., 0] > frame[..., 2] + 40).mean()  # noqa: E731  the cheetah's colour
+    reddish = lambda frame: (frame[..., 0] > frame[..., 2] + 40.0).mean()  # noqa: E731  the cheetah's colour
     assert reddish(last) > 0.5 * reddish(first) > 0.005
 
 
