@@ -69,7 +69,7 @@ def save_untrained(run_dir, env_id, **options):
 
 @each
 def test_train_resume_and_evaluate_as_a_user_would(script, tmp_path, capsys):
-    batch, sizes = 4 * 256, ["--num-envs", 4, "--num-steps", 256, "--total-timesteps", 2 * 4 * 256]
+    batch, sizes = 4 * 256, "--num-envs 4 --num-steps 256 --num-minibatches 4 --total-timesteps 2048".split()
     out = run(script, "--env-id", "Pendulum-v1", *sizes, "--eval-episodes", 2, cwd=tmp_path)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(rf"Pendulum-v1__{script.SCRIPT}__1__\d{{8}}-\d{{6}}", run_dir.name)
