@@ -247,14 +247,15 @@ def update(
 
     with torch.no_grad():
         distribution = agent.distribution(obs)
-        ratio = (distribution.log_prob(actions) - old_log_probs).exp()
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()
         kl = gaussian_kl(old, distribution)
         metrics = {
             "losses/policy_loss": -kl_penalized_surrogate(ratio, advantages, kl, agent.kl_coef).mean(),
             "losses/kl": kl.mean(),
             "losses/value_loss": ((agent.value(obs) - returns) ** 2).mean(),
             "losses/entropy": distribution.entropy().mean(),
-            "losses/approx_kl": approximate_kl(agent, obs, actions, old_log_probs),
+            "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # from the actions taken; above kl: overfitting
             "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
             "losses/explained_variance": explained_variance,  # before the first step
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -343,17 +344,6 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     elif kl < target_kl / 1.5:
         kl_coef = kl_coef / 2.0
     return float(min(max(kl_coef, 1e-4), 1e4))
-
-
-@torch.no_grad()
-def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
-    """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
-
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
-    very actions, so where it is far above the true KL, π overfits them.
-    """
-    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
-    return (log_ratio.exp() - 1.0 - log_ratio).mean()
 
 
 # ---------------------------------------------------------------------------- networks and running statistics

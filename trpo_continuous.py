@@ -282,7 +282,8 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
 
     with torch.no_grad():
         distribution = agent.distribution(obs)
-        ratio = (distribution.log_prob(actions) - old_log_probs).exp()
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()
         taken = result.theta - theta_old
         metrics = {
             "losses/policy_loss": -surrogate_advantage(ratio, advantages),
@@ -290,7 +291,7 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
             "losses/surrogate_improvement": result.improvement if result.accepted else 0.0,
             "losses/expected_improvement": g @ taken if result.accepted else 0.0,  # by the linear model
             "losses/entropy": distribution.entropy().mean(),
-            "losses/approx_kl": approximate_kl(agent, obs, actions, old_log_probs),
+            "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # from the actions taken; above kl: overfitting
             "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
             "charts/line_search_steps": result.tries,
             "charts/cg_residual": ((g - hessian_x).norm() / (g.norm() + 1e-12)).nan_to_num(1.0, 1.0),  # relative
@@ -499,17 +500,6 @@ def line_search(
         if 0.0 < improvement < float("inf") and kl <= max_kl:
             return Step(theta, True, j + 1, improvement, kl)
     return Step(theta_old, False, max_backtracks, improvement, kl)
-
-
-@torch.no_grad()
-def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor) -> Tensor:
-    """KL(π_old ‖ π), in nats, estimated from actions of π_old: the mean of r - 1 - log r, which is never negative.
-
-    Estimator k3 of http://joschu.net/blog/kl-approx.html. It is unbiased for fresh actions. Here π was fitted to these
-    very actions, so where it is far above the true KL, π overfits them.
-    """
-    log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
-    return (log_ratio.exp() - 1.0 - log_ratio).mean()
 
 
 # ---------------------------------------------------------------------------- networks and running statistics
