@@ -551,6 +551,7 @@ class Run:
         self.save()  # a run that is killed before its next checkpoint resumes too
         bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.bar = opened.enter_context(bar)
+        self.start = (time.perf_counter(), self.global_step)
         if threading.current_thread() is threading.main_thread():  # Python takes signal handlers from no other
             for number in (signal.SIGINT, signal.SIGTERM):
                 opened.callback(signal.signal, number, signal.signal(number, self.stop))
@@ -562,7 +563,8 @@ class Run:
 
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
-        metrics["charts/SPS"] = (self.global_step - self.bar.initial) / self.bar.format_dict["elapsed"]
+        start_time, start_step = self.start
+        metrics["charts/SPS"] = (self.global_step - start_step) / (time.perf_counter() - start_time)
         for name, value in metrics.items():
             if not np.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} after the update at step {self.global_step}")
@@ -596,11 +598,16 @@ class Run:
 def make_run_dir(args: Args) -> Path:
     """Makes the run's directory with args.json in it. Raises RefusedError where that cannot be."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.resume or args.run_dir or Path("runs", name))
+    given = args.resume or args.run_dir
+    run_dir = Path(given or Path("runs", name))
     try:
-        if not (args.resume or args.run_dir) and run_dir.exists():  # another run of this second
-            run_dir = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(exist_ok=bool(given))
+        except FileExistsError:
+            if given:
+                raise
+            run_dir = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="runs"))  # another run of this second has that name
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     except OSError as error:
         raise RefusedError(f"run_dir: {run_dir} cannot be written ({error.strerror})") from error
@@ -653,7 +660,7 @@ def check_args(args: Args) -> None:
         if name in ("gamma", "gae_lambda", "repeat_action_probability"):
             check(name, 0 <= value <= 1, "between 0 and 1")
         elif name in ("seed", "value_coef", "entropy_coef"):
-            check(name, 0 <= value < np.inf, "0 or more, and finite")
+            check(name, 0 <= value <= 2**62, "0 or more, up to 2**62")
         elif type(value) in (int, float):
             check(name, 0 < value < np.inf, "positive and finite")
     batch_size = args.num_envs * args.num_steps
