@@ -339,7 +339,7 @@ class Agent(nn.Module):
 
     def normalize(self, obs: Tensor) -> Tensor:
         """obs [..., obs_size] in standard deviations from the mean, within ± the limit, in the networks' precision."""
-        return self.obs_stats.normalize(obs).clamp(-self.obs_limit, self.obs_limit).to(self.actor_log_std.dtype)
+        return self.obs_stats.normalize(obs).clamp_(-self.obs_limit, self.obs_limit).to(self.actor_log_std.dtype)
 
     def distribution(self, obs: Tensor) -> Distribution:
         """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
@@ -387,7 +387,7 @@ class RunningMeanStd(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """x [..., *shape] in standard deviations from the mean, in float64: a signal on a large offset survives."""
-        return (x - self.mean) * self.inverse_std
+        return (x - self.mean).mul_(self.inverse_std)
 
 
 class RewardScaler(nn.Module):
