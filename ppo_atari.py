@@ -139,12 +139,11 @@ def train(args: Args) -> Path:
             # Estimate the advantages of the actions taken.
             advantages, returns = estimate_advantages(agent, rollout, args)
 
-            # Optimise the surrogate in K epochs of minibatches.
+            # Optimise the surrogate in K epochs of minibatches. The result is the next π_old.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-            # The result is the next π_old.
             run.global_step += batch_size
             run.log(episodes, metrics)
         run.finish()
@@ -228,7 +227,7 @@ def update(
 ) -> dict[str, float]:
     """num_epochs passes of minibatch gradient steps on eq. 9, with advantages and returns [num_steps * num_envs].
 
-    Returns the scalars for the log. They describe the last minibatch after its own step; a pass over the batch is dear.
+    Returns the scalars for the log. They describe the last minibatch after its own step, as the whole batch takes long.
     """
     pixels = agent.pixels(rollout.obs.flatten(0, 1))  # once for all passes
     images = pixels.permute(0, 2, 3, 1)  # each in one piece of memory, as index_select copies such rows fastest

@@ -254,7 +254,7 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
     hessian_x = hessian(x)
 
-    # Step 5: the full step Δ, to the edge of the modelled trust region, where no log-std falls below its floor by it.
+    # Step 5: the full step Δ, to the edge of the modelled trust region. It takes no log-std below its floor.
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
     step = keep_log_std(step, agent, args.min_log_std)
 

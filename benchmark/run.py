@@ -123,7 +123,8 @@ def how_to_go_on(script: str, arguments: list[str], run_dir: Path) -> str:
     module = importlib.import_module(script.removesuffix(".py"))
     asked, checkpoint = vars(module.parse_args(arguments)), module.load_checkpoint(run_dir)
     saved = checkpoint["args"]
-    if names := [n for n in asked if asked[n] != saved.get(n) and n not in ("run_dir", "resume", "num_threads", "device")]:
+    free = ("run_dir", "resume", "num_threads", "device")
+    if names := [n for n in asked if asked[n] != saved.get(n) and n not in free]:
         raise ValueError(f"{run_dir} holds a run with other arguments ({', '.join(names)}); delete it to start anew")
     done = checkpoint["global_step"] + saved["num_envs"] * saved["num_steps"] > saved["total_timesteps"]
     return "--evaluate" if done else "--resume"
