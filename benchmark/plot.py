@@ -99,7 +99,7 @@ def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def curve_of(run: dict[str, str]) -> Path:
-    """The CSV with step and return of every episode of a run, given its row of the summary."""
+    """The CSV with the learning curve of a run (`run.thin`), given its row of the summary."""
     return RESULTS / run["algorithm"] / f"{file_name(run['env_id'], run['seed'])}.csv"
 
 
@@ -225,15 +225,6 @@ def aggregate_table() -> str:
     return "\n".join(lines)
 
 
-def steps_to(goal: float, run: dict[str, str]) -> float:
-    """Steps until the mean of 20 training episodes in a row first reached goal; infinite where never."""
-    data = np.loadtxt(curve_of(run), delimiter=",", skiprows=1, ndmin=2)
-    means = np.convolve(data[:, 1], np.ones(20) / 20, "valid")
-    if not (means >= goal).any():
-        return np.inf
-    return data[19:][means >= goal][0, 0]
-
-
 def mean_and_spread(runs: list[dict[str, str]]) -> str:
     """Last 100 training episodes and deterministic evaluation, mean ± std over seeds."""
     parts = []
@@ -255,7 +246,7 @@ def peers_table() -> str:
     cells = []
     for name in columns:
         runs = rows[name, "HalfCheetah-v5"]
-        steps = [steps_to(3000.0, run) for run in runs]
+        steps = [float(run["steps_to_3000"] or "inf") for run in runs]
         reached = f"{np.isfinite(steps).sum()} of {len(runs)} seeds"
         if not runs or np.isinf(np.median(steps)):
             cells.append(f"never, {reached}" if runs else "")
@@ -357,9 +348,20 @@ def curve(run: dict[str, str], steps: np.ndarray) -> np.ndarray:
     window = steps[-1] / 20
     means = []
     for step in steps:
-        inside = data[(data[:, 0] > step - window) & (data[:, 0] <= step), 1]
-        means.append(inside.mean() if len(inside) else np.nan)
+        _, returns, episodes = data[(data[:, 0] > step - window) & (data[:, 0] <= step)].T
+        means.append(np.average(returns, weights=episodes) if len(episodes) else np.nan)
     return np.array(means)
+
+
+def last_100(returns: np.ndarray, episodes: np.ndarray) -> list[float]:
+    """At each row of a curve the mean return of the last 100 episodes; of the oldest row that reaches into them as many
+    as are missing to 100, as if all of its episodes had its mean."""
+    means = []
+    for i in range(len(returns)):
+        newer = np.cumsum(episodes[i::-1]) - episodes[i::-1]  # episodes after each row's, newest row first
+        weights = np.clip(100 - newer, 0, episodes[i::-1])
+        means.append(float(np.average(returns[i::-1], weights=weights)))
+    return means
 
 
 def draw_atari() -> None:
@@ -371,10 +373,9 @@ def draw_atari() -> None:
     figure, axes = plt.subplots(1, len(games), figsize=(5.5 * len(games), 3.6), squeeze=False)
     for run in runs:
         axis = axes[0, games.index(run["env_id"])]
-        steps, scores = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
-        means = [scores[max(0, i - 99) : i + 1].mean() for i in range(len(scores))]
+        steps, scores, played = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
         setting = OTHERS[run["algorithm"]].removeprefix("PPO, Atari").removeprefix(", ") or "default"
-        axis.plot(steps / 1e6, means, label=f"{setting}, seed {run['seed']}")
+        axis.plot(steps / 1e6, last_100(scores, played), label=f"{setting}, seed {run['seed']}")
     for axis, game in zip(axes[0], games):
         axis.set_title(game)
         axis.set_xlabel("million steps")

@@ -176,10 +176,8 @@ def collapse_table() -> str:
         cells = [f"{plot.TABLE_1[row]}, advantages {'as they are' if extra else 'normalised'}"]
         for env_id in ("HalfCheetah-v5", UNCLIPPED):
             runs = results.get((name, env_id), [])
-            returns = [np.loadtxt(plot.curve_of(run), delimiter=",", skiprows=1)[:, 1] for run in runs]
-            tens = [np.convolve(of_run, np.ones(10) / 10, "valid") for of_run in returns]
-            first, worst = [of_run[:2].mean() for of_run in returns], [of_run.min() for of_run in tens]
-            for values in (first, worst, plot.numbers(runs)):
+            for column in ("train_first_2", "worst_10", "train_last_100"):
+                values = plot.numbers(runs, column)
                 low, mean, high = (plot.short(f(values)) if runs else "" for f in (np.min, np.mean, np.max))
                 cells.append(f"{mean} ({low} to {high})" if runs else "")
         lines.append("| " + " | ".join(cells) + " |")
