@@ -58,6 +58,7 @@ OTHERS = {
     "trpo_gamma": "TRPO, γ = 0.9999",
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
+    "sb3_trpo_nats": "sb3-contrib TRPO, δ = 0.01 nats",
     "ppo_atari": "PPO, Atari",
     "ppo_atari_3M": "PPO, Atari, learning rate down to 0 at 3M steps",
     "ppo_atari_float32": "PPO, Atari, in float32",
@@ -85,6 +86,7 @@ PUBLISHED = {
 PUBLISHED_TRAINING = {("ppo_kl", env_id) for env_id in PUBLISHED} | {
     ("ppo_clip", "Walker2d-v5"), ("ppo_clip", "Swimmer-v5"), ("trpo", "Swimmer-v5"), ("trpo", "Reacher-v5"),
 }  # fmt: skip
+PEERS = ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo", "sb3_trpo_nats")
 ORDER = [*PUBLISHED, "Ant-v5"]
 FEWEST = 3  # seeds below which there is no interval, and no verdict
 
@@ -237,7 +239,7 @@ def mean_and_spread(runs: list[dict[str, str]]) -> str:
 def peers_table() -> str:
     """Ours beside the peers, and the time to 3,000 on HalfCheetah."""
     rows, names = summary(), {**NAMES, **OTHERS}
-    columns = [name for name in ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo") if any(a == name for a, _ in rows)]
+    columns = [name for name in PEERS if any(a == name for a, _ in rows)]
     lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
     for env_id in ORDER:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):

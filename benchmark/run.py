@@ -47,6 +47,7 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "trpo_gamma": ["trpo_continuous.py", "--gamma", "0.9999"],
     "sb3_ppo": ["benchmark/peers.py", "--algorithm", "ppo"],
     "sb3_trpo": ["benchmark/peers.py", "--algorithm", "trpo"],
+    "sb3_trpo_nats": ["benchmark/peers.py", "--algorithm", "trpo", "--kl-in-nats"],
     "random": ["benchmark/peers.py", "--algorithm", "random"],
 }
 ENV_IDS = (

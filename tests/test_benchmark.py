@@ -11,6 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmark"))
 
+import peers_faults  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
 import table1  # noqa: E402
@@ -23,6 +24,13 @@ TABLES = {**plot.TABLES, **table1.TABLES}
 def test_tables_and_data_agree(path, marker):
     (written,) = plot.marked(marker).findall(path.read_text())
     assert written == TABLES[path, marker]() + "\n", "run python benchmark/plot.py and benchmark/table1.py --no-run"
+
+
+def test_gymnasium_forgets_the_return_before_the_last_reward_of_a_terminated_episode():
+    """What README says of NormalizeReward; where this fails, Gymnasium has mended it."""
+    std = peers_faults.gymnasium_normalize_reward()
+    assert std["ours"] == pytest.approx(std["true"], rel=1e-3)
+    assert std["of a vector"] < 0.9 * std["true"] and std["NormalizeReward"] < 0.5 * std["true"]
 
 
 def test_interquartile_mean_and_interval():
