@@ -18,12 +18,13 @@ Schulman et al. 2016, arXiv 1506.02438.
     python ppo_clip_continuous.py --resume RUN_DIR --total-timesteps 2000000
     python ppo_clip_continuous.py --evaluate RUN_DIR --capture-video
 
-The group "beyond the paper" in `Args` holds what later work added. Two of its defaults are unusual: the advantages are
-estimated anew before every epoch, and they are not normalised; benchmark/README.md shows what each does. This command
-takes the whole group away, and steps one environment as the paper did:
+The group "beyond the paper" in `Args` holds what later work added. Three of its defaults are unusual: advantages are
+estimated anew before every epoch, they are not normalised, and the learning rate falls where the policy moves too far;
+benchmark/README.md shows what each does. This command takes the whole group away, and steps one environment as the
+paper did:
 
     python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
-        --no-recompute-advantages --no-normalize-observations --no-scale-rewards
+        --no-recompute-advantages --no-normalize-observations --no-scale-rewards --no-adapt-lr
 
 These have no flag, as the paper says nothing of them: orthogonal layers, the actor's last one close to 0; an ε of 1e-5
 in Adam; actions that are clipped to their bounds on the way into the environment; time limits that end an episode
@@ -91,7 +92,8 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_advantages: bool = False  # divide them by the batch's std [OpenAI Baselines; usual: per minibatch]
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
-    target_kl: float | None = None  # leave the iteration after an epoch beyond this mean KL, in nats [Spinning Up]
+    adapt_lr: bool = True  # lower the rate after one beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
+    target_kl: float = 0.02  # mean KL in nats, estimated from the actions taken, that an iteration is to reach [ours]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
@@ -131,8 +133,15 @@ def train(args: Args) -> Path:
 
             # Optimise the surrogate in K epochs of minibatches. Before each further one `update` re-estimates.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
+            ceiling = args.learning_rate * (1.0 - progress)
+            lr = optimizer.param_groups[0]["lr"] if args.adapt_lr else ceiling
+            optimizer.param_groups[0]["lr"] = min(lr, ceiling)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
+
+            # Adapt the learning rate to how far that has moved the policy.
+            if args.adapt_lr:
+                kl, lr = metrics["losses/approx_kl"], metrics["charts/learning_rate"]
+                optimizer.param_groups[0]["lr"] = adapt_learning_rate(lr, kl, args.target_kl)
 
             # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:
@@ -232,8 +241,6 @@ def update(
             optimizer.zero_grad()
             gradient(agent, *minibatch, args)
             optimizer.step()
-        if args.target_kl is not None and approximate_kl(agent, obs, actions, old_log_probs) > args.target_kl:
-            break
 
     with torch.no_grad():
         distribution = agent.distribution(obs)
@@ -316,6 +323,20 @@ def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Te
     """
     log_ratio = agent.distribution(obs).log_prob(actions) - old_log_probs
     return (log_ratio.exp() - 1.0 - log_ratio).mean()
+
+
+def adapt_learning_rate(learning_rate: float, kl: float, target_kl: float) -> float:
+    """Adam's step size for the next iteration, from the mean KL that this one has moved the policy by.
+
+    Too far, kl > 1.5 target_kl: it is divided by 1.5; too little, kl < target_kl / 1.5: multiplied by it. So OpenAI
+    Baselines steer ACKTR (arXiv 1708.05144), with a factor of 2 in the conditions; the ones here are those of PPO's
+    penalty (sec. 4). Below 1e-5 nothing would be learned any more.
+    """
+    if kl > 1.5 * target_kl:
+        learning_rate = learning_rate / 1.5
+    elif kl < target_kl / 1.5:
+        learning_rate = learning_rate * 1.5
+    return max(learning_rate, 1e-5)
 
 
 # ---------------------------------------------------------------------------- networks and running statistics

@@ -25,8 +25,8 @@ The group "beyond the paper" in `Args` holds what later work added. This command
 and a target as in the paper:
 
     python ppo_kl_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
-        --no-recompute-advantages --no-normalize-observations --no-scale-rewards --target-kl 0.01 \
-        --no-center-advantages --no-normalize-advantages
+        --no-recompute-advantages --no-normalize-observations --no-scale-rewards --no-adapt-lr \
+        --target-kl 0.01 --no-center-advantages --no-normalize-advantages
 
 These have no flag, as the paper says nothing of them: orthogonal layers, the actor's last one close to 0; an ε of 1e-5
 in Adam; actions that are clipped to their bounds on the way into the environment; time limits that end an episode
@@ -96,6 +96,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_advantages: bool = True  # divide them by the batch's std: a β weighs alike on all tasks [Baselines]
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
+    adapt_lr: bool = True  # lower the rate after one beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
@@ -138,12 +139,17 @@ def train(args: Args) -> Path:
 
             # Optimise the penalised surrogate in K epochs of minibatches. Before each new one `update` re-estimates.
             progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - progress)
+            ceiling = args.learning_rate * (1.0 - progress)
+            lr = optimizer.param_groups[0]["lr"] if args.adapt_lr else ceiling
+            optimizer.param_groups[0]["lr"] = min(lr, ceiling)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-            # Adapt β, the price of the KL, to how far that has moved the policy.
+            # Adapt β, the price of the KL, and the learning rate to how far that has moved the policy.
             if args.adapt_kl_coef:
                 agent.kl_coef.fill_(adapt_kl_coef(float(agent.kl_coef), metrics["losses/kl"], args.target_kl))
+            if args.adapt_lr:
+                kl, lr = metrics["losses/approx_kl"], metrics["charts/learning_rate"]
+                optimizer.param_groups[0]["lr"] = adapt_learning_rate(lr, kl, args.target_kl)
 
             # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:
@@ -344,6 +350,20 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
     elif kl < target_kl / 1.5:
         kl_coef = kl_coef / 2.0
     return float(min(max(kl_coef, 1e-4), 1e4))
+
+
+def adapt_learning_rate(learning_rate: float, kl: float, target_kl: float) -> float:
+    """Adam's step size for the next iteration, from the mean KL that this one has moved the policy by.
+
+    Too far, kl > 1.5 target_kl: it is divided by 1.5; too little, kl < target_kl / 1.5: multiplied by it. So OpenAI
+    Baselines steer ACKTR (arXiv 1708.05144), with a factor of 2 in the conditions; the ones here are those of PPO's
+    penalty (sec. 4). Below 1e-5 nothing would be learned any more.
+    """
+    if kl > 1.5 * target_kl:
+        learning_rate = learning_rate / 1.5
+    elif kl < target_kl / 1.5:
+        learning_rate = learning_rate * 1.5
+    return max(learning_rate, 1e-5)
 
 
 # ---------------------------------------------------------------------------- networks and running statistics

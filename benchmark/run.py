@@ -36,11 +36,9 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "ppo_kl": ["ppo_kl_continuous.py"],
     "trpo": ["trpo_continuous.py"],
     "npg": ["trpo_continuous.py", "--no-line-search"],
-    "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef"],
+    "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef", "--no-adapt-lr"],
     "trpo_no_floor": ["trpo_continuous.py", "--min-log-std", "-10"],
     "npg_no_floor": ["trpo_continuous.py", "--no-line-search", "--min-log-std", "-10"],
-    # For Humanoid alone, where clipping does not bound the step.
-    "ppo_clip_bound": ["ppo_clip_continuous.py", "--target-kl", "0.03"],
     # For Swimmer alone, where sb3-contrib's TRPO has 359 with this gamma.
     "ppo_clip_gamma": ["ppo_clip_continuous.py", "--gamma", "0.9999"],
     "ppo_kl_gamma": ["ppo_kl_continuous.py", "--gamma", "0.9999"],
