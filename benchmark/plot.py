@@ -89,6 +89,7 @@ PUBLISHED_TRAINING = {("ppo_kl", env_id) for env_id in PUBLISHED} | {
 PEERS = ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo", "sb3_trpo_nats")
 ORDER = [*PUBLISHED, "Ant-v5"]
 FEWEST = 3  # seeds below which there is no interval, and no verdict
+ENOUGH = 5  # seeds below which an interval that holds the published figure decides nothing
 
 
 def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -145,8 +146,8 @@ def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple
             parts[-1] += f" ({short(low)} to {short(high)})"
             if bold:
                 verdict = "ahead of" if low > best else "behind" if high < best else "level with"
-                if verdict == "level with" and low < best - 0.5 * abs(best):
-                    verdict = "undecided beside"  # an interval as wide as this contains almost anything
+                if verdict == "level with" and (low < best - 0.5 * abs(best) or len(runs) < ENOUGH):
+                    verdict = "undecided beside"  # an interval as wide, or of as few seeds, contains almost anything
                 parts[-1] += f", {verdict} {short(best)}"
     if runs and len(runs) != 5:
         parts.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}")
@@ -181,16 +182,50 @@ def results_table() -> str:
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
         cells = [beside_published(algorithm, env_id)[0] for algorithm in NAMES]
+        if is_trpo(rows, env_id):
+            cells[-1] += "<br>the same runs as TRPO"
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
-    for env_id, own, what in (
-        ("Humanoid-v5", "bound", "`--target-kl 0.03`"),
-        ("Swimmer-v5", "gamma", "`--gamma 0.9999`"),
-    ):
+    for env_id, own, what in (("Swimmer-v5", "gamma", "`--gamma 0.9999`"),):
         cells = [cell(rows.get((f"{algorithm}_{own}", env_id), []), None, "")[0] for algorithm in NAMES]
         if any(cells):
             lines.append(f"| not counted: {env_id}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def is_trpo(rows: dict, env_id: str) -> bool:
+    """Whether NPG's runs of a task are TRPO's, as where the line search never had to shorten a step."""
+    pairs = [rows.get((algorithm, env_id), []) for algorithm in ("trpo", "npg")]
+    figures = [[(run["seed"], run["train_last_100"], run["evaluation_mean"]) for run in runs] for runs in pairs]
+    return len(figures[0]) > 0 and figures[0] == figures[1]
+
+
+def means_table() -> str:
+    """One row a task; in a cell the last 100 training episodes / the deterministic evaluation, means over seeds."""
+    rows = summary()
+    lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
+    for env_id in ORDER:
+        cells = []
+        for algorithm in NAMES:
+            runs = rows.get((algorithm, env_id), [])
+            means = [short(numbers(runs, column).mean()) for column in ("train_last_100", "evaluation_mean") if runs]
+            seeds = "" if len(runs) in (0, ENOUGH) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            cells.append(" / ".join(means) + seeds)
+        if is_trpo(rows, env_id):
+            cells[-1] = "the same runs as TRPO"
+        if any(cells):
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def atari_line() -> str:
+    """The scores of ppo_atari.py with its default schedule, in a line."""
+    games = {env_id: runs for (algorithm, env_id), runs in sorted(summary().items()) if algorithm == "ppo_atari"}
+    parts = []
+    for env_id, runs in games.items():
+        scores = [f"{float(r['train_last_100']):.1f} ({float(r['total_timesteps']) / 1e6:.1f}M steps)" for r in runs]
+        parts.append(f"`{env_id}` {', '.join(scores)}")
+    return "Atari, mean score of the last 100 full games, a figure a seed: " + "; ".join(parts) + "."
 
 
 def atari_table() -> str:
@@ -262,22 +297,6 @@ def peers_table() -> str:
     return "\n".join(lines)
 
 
-def seeds_table() -> str:
-    """Every run: training mean, deterministic evaluation, and the command that repeats it."""
-    lines = [
-        "| algorithm | environment | seed | last 100 training episodes | deterministic evaluation | command |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    rows, names = summary(), {**NAMES, **OTHERS}
-    for algorithm, env_id in sorted(rows, key=lambda key: ([*names, key[0]].index(key[0]), key)):
-        for row in rows[algorithm, env_id]:
-            lines.append(
-                f"| {names.get(algorithm, algorithm)} | {env_id} | {row['seed']} | {float(row['train_last_100']):.1f} "
-                f"| {row['evaluation_mean']} ± {row['evaluation_std']} | `{row['command']}` |"
-            )
-    return "\n".join(lines)
-
-
 def measured(section: str) -> dict[str, dict[str, list[float]]]:
     """{case: {quantity: its value in each repetition}} of results/speed_<section>.csv, made by speed.py."""
     values = defaultdict(lambda: defaultdict(list))
@@ -289,54 +308,39 @@ def measured(section: str) -> dict[str, dict[str, list[float]]]:
     return values
 
 
-def speed_table(section: str) -> str:
-    """Medians over the repetitions, and the ratio to each peer of the same kind with its smallest and largest value."""
-    cases = measured(section)
-    peers = [case for case in cases if case.startswith(("SB3", "sb3"))]
-    lines = [
-        "| case | steps/s | start-up, s | peak MiB |" + "".join(f" times {peer} |" for peer in peers),
-        "| --- | --- | --- | --- |" + " --- |" * len(peers),
-    ]
-    for case, values in cases.items():
-        line = f"| {case} | {np.median(values['steps_per_second']):,.0f} | {np.median(values['startup_s']):.1f} "
-        line += f"| {max(values['peak_mib']):.0f} |"
-        for peer in peers:
-            if case in peers or ("trpo" in case) != ("TRPO" in peer):  # another kind, perhaps of another run
-                line += " |"
+def speed_table() -> str:
+    """Medians over the repetitions, and how many times as fast as the peer of the same kind with 1 and 8 environments,
+    with the smallest and the largest ratio."""
+    lines = ["| | steps/s | times the peer, 1 environment | times the peer, 8 environments |"]
+    lines.append("| --- | --- | --- | --- |")
+    peers = {"trpo": "sb3-contrib TRPO", "ppo_atari": "SB3 PPO CnnPolicy"}
+    for section, case in (
+        ("peers", "trpo"), ("peers", "trpo --compile"), ("peers", "ppo_clip"), ("peers", "ppo_clip --compile"),
+        ("peers", "ppo_kl --compile"), ("atari", "ppo_atari"),
+    ):  # fmt: skip
+        cases, cells = measured(section), []
+        speeds = np.array(cases[case]["steps_per_second"])
+        peer = peers.get(case.split()[0], "SB3 PPO")
+        for name in (f"{peer}, 1 environment", peer if section == "atari" else f"{peer}, 8 environments"):
+            if name not in cases:
+                cells.append("")
                 continue
-            ratios = np.array(values["steps_per_second"]) / np.array(cases[peer]["steps_per_second"])
-            line += f" {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |"
-        lines.append(line)
+            ratios = speeds / np.array(cases[name]["steps_per_second"])
+            cells.append(f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
+        lines.append(f"| {case} | {np.median(speeds):,.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def time_table() -> str:
-    """Microseconds a step of each part of a run, medians of the repetitions; in brackets the least it can take."""
-    cases = measured("time")
-    parts = ["environment", "network", "optimizer", "advantages", "statistics", "log", "rest", "total"]
-    lines = ["| µs a step | " + " | ".join(parts) + " | neither environment, network nor optimizer |"]
-    lines.append("| --- |" + " --- |" * (len(parts) + 1))
-    for case, values in cases.items():
-        median = {part: np.median(values[part]) for part in values}
-        bound = {part: f" (at least {median[b]:.1f})" if (b := f"bound: {part}") in median else "" for part in parts}
-        cells = [f"{median[part]:.1f}{bound[part]}" for part in parts]
-        other = 1.0 - sum(median[part] for part in parts[:3]) / median["total"]
-        lines.append(f"| {case} | " + " | ".join(cells) + f" | {other:.0%} |")
-    return "\n".join(lines)
-
-
+README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
-    (ROOT / "README.md", "outcome"): outcome,
-    (ROOT / "README.md", "results"): results_table,
-    (ROOT / "README.md", "peers"): peers_table,
-    (ROOT / "README.md", "Atari"): atari_table,
-    (ROOT / "benchmark" / "README.md", "aggregate"): aggregate_table,
-    (ROOT / "benchmark" / "README.md", "peers"): peers_table,
-    (ROOT / "benchmark" / "README.md", "runs"): seeds_table,
-    (ROOT / "benchmark" / "README.md", "speed"): lambda: speed_table("peers"),
-    (ROOT / "benchmark" / "README.md", "speed of Atari"): lambda: speed_table("atari"),
-    (ROOT / "benchmark" / "README.md", "time"): time_table,
-    (ROOT / "benchmark" / "README.md", "scaling"): lambda: speed_table("scaling"),
+    (README, "outcome"): outcome,
+    (README, "results"): means_table,
+    (README, "Atari"): atari_line,
+    (PAGE, "results"): results_table,
+    (PAGE, "Atari"): atari_table,
+    (PAGE, "aggregate"): aggregate_table,
+    (PAGE, "peers"): peers_table,
+    (PAGE, "speed"): speed_table,
 }
 
 
