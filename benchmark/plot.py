@@ -162,17 +162,22 @@ def beside_published(algorithm: str, env_id: str) -> tuple[str, str]:
 
 
 def outcome() -> str:
-    """The verdicts of all tasks, one line an algorithm."""
-    lines = []
+    """The verdicts of all tasks, in a sentence."""
+    parts = []
     for algorithm, name in NAMES.items():
         verdicts = {env_id: verdict for env_id in ORDER if (verdict := beside_published(algorithm, env_id)[1])}
         good = sum(verdict in ("ahead of", "level with") for verdict in verdicts.values())
-        line = f"- **{name}**: ahead or level on {good} of {len(verdicts)} tasks"
+        others = []
         for what, word in (("behind", "behind on"), ("undecided beside", "undecided on")):
             if tasks := [env_id for env_id, verdict in verdicts.items() if verdict == what]:
-                line += f", {word} {' and '.join(tasks)}"
-        lines.append(line + ".")
-    return "\n".join(lines)
+                others.append(f"{word} {' and '.join(tasks)}")
+        if algorithm == "npg" and (same := [env_id for env_id in verdicts if is_trpo(summary(), env_id)]):
+            others.append(f"with the very runs of TRPO on {' and '.join(same)}")
+        parts.append(f"{name} on {good} of {len(verdicts)} tasks" + f" ({', '.join(others)})" * bool(others))
+    return (
+        "Ahead of or level with the best figure that we know of, published for the same algorithm with one setting for "
+        f"all tasks (on older versions of them): {'; '.join(parts)}."
+    )
 
 
 def results_table() -> str:
@@ -333,9 +338,8 @@ def speed_table() -> str:
 
 README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
-    (README, "outcome"): outcome,
-    (README, "results"): means_table,
-    (README, "Atari"): atari_line,
+    (README, "results"): lambda: f"{means_table()}\n\n{outcome()}\n\n{atari_line()}",
+    (PAGE, "outcome"): outcome,
     (PAGE, "results"): results_table,
     (PAGE, "Atari"): atari_table,
     (PAGE, "aggregate"): aggregate_table,
