@@ -96,7 +96,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_advantages: bool = True  # divide them by the batch's std: a β weighs alike on all tasks [Baselines]
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
-    adapt_lr: bool = True  # lower the rate after one beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
+    adapt_lr: bool = True  # lower the rate after one far beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
@@ -144,12 +144,13 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = min(lr, ceiling)
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
 
-            # Adapt β, the price of the KL, and the learning rate to how far that has moved the policy.
+            # Adapt β, the price of the KL, to how far that has moved the policy; and the learning rate, to the KL as
+            # estimated from the actions taken. Its target is higher: β acts first, and the rate where samples overfit.
             if args.adapt_kl_coef:
                 agent.kl_coef.fill_(adapt_kl_coef(float(agent.kl_coef), metrics["losses/kl"], args.target_kl))
             if args.adapt_lr:
                 kl, lr = metrics["losses/approx_kl"], metrics["charts/learning_rate"]
-                optimizer.param_groups[0]["lr"] = adapt_learning_rate(lr, kl, args.target_kl)
+                optimizer.param_groups[0]["lr"] = adapt_learning_rate(lr, kl, 1.5 * args.target_kl)
 
             # New statistics of observations change the policy a little, too: only now, between two iterations.
             if args.normalize_observations:

@@ -189,7 +189,7 @@ def test_the_learning_rate_follows_the_kl_below_its_decay_and_across_a_resume(sc
     for i, ((_, kl), (_, lr)) in enumerate(zip(logged["losses/approx_kl"], logged["charts/learning_rate"])):
         ceiling = 3e-3 * (1 - i / (4 if i < 4 else 8))
         assert lr == pytest.approx(min(adapted, ceiling) if adapt_lr else ceiling)
-        adapted = script.adapt_learning_rate(lr, kl, script.Args.target_kl)
+        adapted = script.adapt_learning_rate(lr, kl, script.Args.target_kl * (1.5 if script is kl_penalty else 1.0))
     assert i == 7 and lr < 1e-3
 
 
