@@ -407,9 +407,10 @@ def kl_per_update(args: Args, env_id: str = "InvertedPendulum-v5") -> dict:
     full step of NPG leaves the trust region now and then; how many steps TRPO shortened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    alone = {"adapt_lr": False}  # what the objective does, without the learning rate that follows the KL
     runs = {"TRPO": (trpo, {}, "losses/kl"), "NPG": (trpo, {"line_search": False}, "losses/kl"),
-            "PPO, clipped": (clip, {}, "losses/approx_kl"), "PPO, adaptive KL": (kl, {}, "losses/kl")}  # fmt: skip
-    data = {"delta": trpo.Args.max_kl, "target": kl.Args.target_kl, "env_id": env_id}
+            "PPO, clipped": (clip, alone, "losses/approx_kl"), "PPO, adaptive KL": (kl, alone, "losses/kl")}  # fmt: skip
+    data = {"delta": trpo.Args.max_kl, "target": kl.Args.target_kl}
     for name, (script, own, tag) in runs.items():
         with tempfile.TemporaryDirectory() as folder:
             common = {"env_id": env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
@@ -444,7 +445,7 @@ def draw_kl_per_update(data: dict, plt, ink: str):
     axes[3].axhline(data["target"], color=ink, linewidth=0.8, linestyle="--")
     everything = np.concatenate([data[name][:, 1] for name in COLORS])
     axes[0].set_ylim(max(everything.min(), 1e-4) / 1.5, everything.max() * 1.5)
-    axes[0].set_ylabel(f"mean KL of an update (dotted: δ = {data['delta']})")
+    axes[0].set_ylabel(f"KL of an update; dotted: δ = {data['delta']}")
     return figure
 
 
