@@ -407,9 +407,9 @@ def kl_per_update(args: Args, env_id: str = "InvertedPendulum-v5") -> dict:
     full step of NPG leaves the trust region now and then; how many steps TRPO shortened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    alone = {"adapt_lr": False}  # what the objective does, without the learning rate that follows the KL
+    bare = {"adapt_lr": False}  # what the objective does, without the learning rate that follows the KL
     runs = {"TRPO": (trpo, {}, "losses/kl"), "NPG": (trpo, {"line_search": False}, "losses/kl"),
-            "PPO, clipped": (clip, alone, "losses/approx_kl"), "PPO, adaptive KL": (kl, alone, "losses/kl")}  # fmt: skip
+            "PPO, clipped": (clip, bare, "losses/approx_kl"), "PPO, adaptive KL": (kl, bare, "losses/kl")}  # fmt: skip
     data = {"delta": trpo.Args.max_kl, "target": kl.Args.target_kl}
     for name, (script, own, tag) in runs.items():
         with tempfile.TemporaryDirectory() as folder:
