@@ -19,6 +19,7 @@ html_theme = "furo"
 html_title = "TRPO and PPO, in single files"
 html_css_files = ["pages.css"]
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 
 # MathJax is copied from its package, one file without fonts, so that the pages need no network.
