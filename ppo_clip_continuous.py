@@ -425,8 +425,8 @@ class RewardScaler(nn.Module):
 
 # ---------------------------------------------------------------------------- environments and evaluation
 def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
-    """num_envs environments, stepped one after the other, which `opened` closes. SAME_STEP: the step that ends an
-    episode already returns the first observation of the next one, and its own last one in infos["final_obs"]."""
+    """This process's share of num_envs environments, stepped one after the other; `opened` closes them. SAME_STEP: the
+    step that ends an episode returns the next one's first observation, and its own last one in infos["final_obs"]."""
 
     def make(i: int) -> gym.Env:
         env = make_env(args.env_id, opened)
