@@ -631,7 +631,11 @@ def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
     if WORLD > 1:
-        distributed.all_gather_object(shares, share)
+        try:
+            distributed.all_gather_object(shares, share)
+        except RuntimeError:  # another process has ended, and said why: torchrun is about to end this one
+            time.sleep(60)
+            raise
     return shares
 
 
@@ -761,14 +765,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.capture_video:
             print(f"video: {run_dir / 'videos'}")
     except RefusedError as error:
-        time.sleep(20 * (RANK > 0))  # where the first process refuses too, torchrun ends this one before it says so
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched")
-    except RuntimeError:
-        time.sleep(40 * (WORLD > 1))  # where it is only that another process has ended, torchrun now ends this one
-        raise
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training
         sys.exit(128 + signal.SIGINT)
 

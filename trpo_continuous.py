@@ -192,10 +192,8 @@ def collect(
     device = agent.actor_log_std.device
     steps = []
     episodes = []
-    if WORLD > 1:  # each draws its own actions, from the policy of the first: unlike processors round differently
+    if WORLD > 1:  # each process draws its own actions
         torch.manual_seed(int(torch.randint(2**62, ())) + RANK)
-        for tensor in agent.state_dict().values():
-            distributed.broadcast(tensor, 0)
     for _ in range(num_steps):
         check_finite("an observation", obs, global_step)
         action = agent.distribution(torch.as_tensor(obs, device=device)).sample().cpu().numpy()
@@ -216,9 +214,11 @@ def collect(
 
     # From a list of steps to one tensor for each field of the rollout.
     fields = [np.stack(field) for field in zip(*steps)]
-    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers
+    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers, ...
         fields = [np.concatenate(shares, axis=1) for shares in zip(*exchange(fields))]
         torch.manual_seed(torch.initial_seed() - RANK + WORLD)
+        for tensor in agent.state_dict().values():  # ... and with the first one's networks: processors may round unlike
+            distributed.broadcast(tensor, 0)
     rollout = Rollout(*(torch.as_tensor(field, device=device) for field in fields))
     return rollout, obs, episodes
 
@@ -620,7 +620,8 @@ def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
         env = make_env(args.env_id, opened)
         return Staggered(env, i * (env.spec.max_episode_steps or 0) // args.num_envs)
 
-    makers = [functools.partial(make, i) for i in np.arange(args.num_envs).reshape(WORLD, -1)[RANK].tolist()]
+    share = args.num_envs // WORLD
+    makers = [functools.partial(make, i) for i in range(RANK * share, (RANK + 1) * share)]
     return gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
@@ -804,7 +805,11 @@ def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
     if WORLD > 1:
-        distributed.all_gather_object(shares, share)
+        try:
+            distributed.all_gather_object(shares, share)
+        except RuntimeError:  # another process has ended, and said why: torchrun is about to end this one
+            time.sleep(60)
+            raise
     return shares
 
 
@@ -938,14 +943,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.capture_video:
             print(f"video: {run_dir / 'videos'}")
     except RefusedError as error:
-        time.sleep(20 * (RANK > 0))  # where the first process refuses too, torchrun ends this one before it says so
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"{SCRIPT}: stopped: {error}; the last checkpoint is untouched")
-    except RuntimeError:
-        time.sleep(40 * (WORLD > 1))  # where it is only that another process has ended, torchrun now ends this one
-        raise
     except KeyboardInterrupt:  # while it starts or evaluates: `Run` answers during training
         sys.exit(128 + signal.SIGINT)
 
