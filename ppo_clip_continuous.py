@@ -95,7 +95,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
     adapt_lr: bool = True  # lower the rate after one beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
-    target_kl: float = 0.03  # mean KL in nats, estimated from the actions taken, that an iteration is to reach [ours]
+    target_kl: float = 0.02  # mean KL in nats, estimated from the actions taken, that an iteration is to reach [ours]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
