@@ -98,7 +98,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_advantages: bool = True  # divide them by the batch's std: a β weighs alike on all tasks [Baselines]
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
-    adapt_lr: bool = True  # lower the rate after one far beyond target_kl, raise it again [OpenAI Baselines, ACKTR]
+    adapt_lr: bool = True  # lower the rate after an iteration far beyond target_kl, raise it again [table 4]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
@@ -366,9 +366,9 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float) -> float:
 def adapt_learning_rate(learning_rate: float, kl: float, target_kl: float) -> float:
     """Adam's step size for the next iteration, from the mean KL that this one has moved the policy by.
 
-    Too far, kl > 1.5 target_kl: it is divided by 1.5; too little, kl < target_kl / 1.5: multiplied by it. So OpenAI
-    Baselines steer ACKTR (arXiv 1708.05144), with a factor of 2 in the conditions; the ones here are those of PPO's
-    penalty (sec. 4). Below 1e-5 nothing would be learned any more.
+    The paper steers it so for its humanoids (table 4), but does not say how. Here too far, kl > 1.5 target_kl, divides
+    it by 1.5, and too little, kl < target_kl / 1.5, multiplies it by as much: the thresholds of the penalty (sec. 4),
+    the factor of OpenAI Baselines' ACKTR. Below 1e-5 nothing would be learned any more.
     """
     if kl > 1.5 * target_kl:
         learning_rate = learning_rate / 1.5

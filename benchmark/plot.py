@@ -18,12 +18,13 @@ from run import file_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-NAMES = {
-    "ppo_clip": "PPO, clipped",
-    "ppo_kl": "PPO, adaptive KL",
+NAMES = {  # of PPO the runs before its learning rate followed the KL, until the campaign with it is whole
+    "ppo_clip_fixed": "PPO, clipped",
+    "ppo_kl_fixed": "PPO, adaptive KL",
     "trpo": "TRPO",
     "npg": "NPG",
 }
+STEERED = {"ppo_clip": "PPO, clipped, steered rate", "ppo_kl": "PPO, adaptive KL, steered rate"}
 TABLE_1 = {  # the rows of table1.py
     "none": "no clipping or penalty",
     **{f"clip_{e}": f"clipping, ε = {e}" for e in (0.1, 0.2, 0.3)},
@@ -41,6 +42,7 @@ CHANGES = {  # what table1.py tries one at a time
     "grad_norm": "gradient clipped to a norm of 0.5",
 }
 OTHERS = {
+    **STEERED,
     "ppo_none": "no clipping or penalty",
     **{row: name for row, name in TABLE_1.items() if row not in NAMES},
     **{f"paper_{row}": f"{name}, the paper's setting" for row, name in TABLE_1.items()},
@@ -50,7 +52,6 @@ OTHERS = {
     "collapse_clip_0.2_raw": "clipping, advantages as they are, see table1.md",
     **{f"with_{key}": f"clipping, the paper's setting, but {name}" for key, name in CHANGES.items()},
     **{f"without_{key}": f"clipping, our defaults, but not {name}" for key, name in CHANGES.items()},
-    "ppo_clip_bound": "PPO, clipped, target_kl = 0.03",
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
     "trpo_no_floor": "TRPO, no floor",
@@ -64,7 +65,7 @@ OTHERS = {
     "ppo_atari_float32": "PPO, Atari, in float32",
     "random": "random policy",
 }
-COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
+COLORS = {"ppo_clip_fixed": "#0072B2", "ppo_kl_fixed": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
 # The best published figure with one setting for all tasks, 1M steps, of PPO, its KL penalty, TRPO and NPG. Those for
 # Ant are of v3 and v4, which do not observe contact forces.
 PUBLISHED = {
@@ -83,10 +84,10 @@ PUBLISHED = {
 }
 # Most are Tianshou's, the best deterministic evaluation of a run. These are returns at the end of training: of the KL
 # penalty and on Walker2d KLip-PPO's (arXiv 2606.23932), the others OpenAI Baselines'.
-PUBLISHED_TRAINING = {("ppo_kl", env_id) for env_id in PUBLISHED} | {
-    ("ppo_clip", "Walker2d-v5"), ("ppo_clip", "Swimmer-v5"), ("trpo", "Swimmer-v5"), ("trpo", "Reacher-v5"),
+PUBLISHED_TRAINING = {("ppo_kl_fixed", env_id) for env_id in PUBLISHED} | {
+    ("ppo_clip_fixed", "Walker2d-v5"), ("ppo_clip_fixed", "Swimmer-v5"), ("trpo", "Swimmer-v5"), ("trpo", "Reacher-v5"),
 }  # fmt: skip
-PEERS = ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo", "sb3_trpo_nats")
+PEERS = ("ppo_clip_fixed", "sb3_ppo", "trpo", "sb3_trpo", "sb3_trpo_nats")
 ORDER = [*PUBLISHED, "Ant-v5"]
 FEWEST = 3  # seeds below which there is no interval, and no verdict
 ENOUGH = 5  # seeds below which an interval that holds the published figure decides nothing
@@ -192,7 +193,8 @@ def results_table() -> str:
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     for env_id, own, what in (("Swimmer-v5", "gamma", "`--gamma 0.9999`"),):
-        cells = [cell(rows.get((f"{algorithm}_{own}", env_id), []), None, "")[0] for algorithm in NAMES]
+        algorithms = [algorithm.removesuffix("_fixed") for algorithm in NAMES]
+        cells = [cell(rows.get((f"{algorithm}_{own}", env_id), []), None, "")[0] for algorithm in algorithms]
         if any(cells):
             lines.append(f"| not counted: {env_id}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -205,19 +207,37 @@ def is_trpo(rows: dict, env_id: str) -> bool:
     return len(figures[0]) > 0 and figures[0] == figures[1]
 
 
+def means(runs: list[dict[str, str]]) -> str:
+    """The last 100 training episodes / the deterministic evaluation, means over seeds."""
+    columns = ("train_last_100", "evaluation_mean") if runs else ()
+    seeds = "" if len(runs) in (0, ENOUGH) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
+    return " / ".join(short(numbers(runs, column).mean()) for column in columns) + seeds
+
+
 def means_table() -> str:
-    """One row a task; in a cell the last 100 training episodes / the deterministic evaluation, means over seeds."""
+    """`means`, one row a task."""
     rows = summary()
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
-        cells = []
-        for algorithm in NAMES:
-            runs = rows.get((algorithm, env_id), [])
-            means = [short(numbers(runs, column).mean()) for column in ("train_last_100", "evaluation_mean") if runs]
-            seeds = "" if len(runs) in (0, ENOUGH) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            cells.append(" / ".join(means) + seeds)
+        cells = [means(rows.get((algorithm, env_id), [])) for algorithm in NAMES]
         if is_trpo(rows, env_id):
             cells[-1] = "the same runs as TRPO"
+        if any(cells):
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steered_table() -> str:
+    """`means` of the same seeds with the learning rate as it falls linearly, and as it follows the KL."""
+    rows = summary()
+    columns = [x for name in STEERED if any(a == name for a, _ in rows) for x in (f"{name}_fixed", name)]
+    names = {**NAMES, **STEERED}
+    lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for env_id in ORDER:
+        cells = []
+        for name in columns:
+            seeds = {run["seed"] for run in rows.get((name.removesuffix("_fixed"), env_id), [])}
+            cells.append(means([run for run in rows.get((name, env_id), []) if run["seed"] in seeds]))
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -339,6 +359,7 @@ def speed_table() -> str:
 README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
     (README, "results"): lambda: f"{means_table()}\n\n{outcome()}\n\n{atari_line()}",
+    (PAGE, "steered"): steered_table,
     (PAGE, "outcome"): outcome,
     (PAGE, "results"): results_table,
     (PAGE, "Atari"): atari_table,

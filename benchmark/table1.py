@@ -48,7 +48,7 @@ ROWS = {  # one of plot.TABLE_1: (the paper's score, our command)
     },
     "trpo": (None, ["trpo_continuous.py"]),
 }
-SAME = {"none": "ppo_none"}  # a row that the campaign of run.py has under another name
+SAME = {"none": "ppo_none", "clip_0.2": "ppo_clip_fixed"}  # rows that run.py has under another name
 IN_PAPER_SETTING = [row for row in ROWS if row != "trpo"]
 # Where the collapse of the unconstrained surrogate comes from: the paper's setting on HalfCheetah, 300,000 steps, with
 # advantages normalised or as they are, and actions within their box or not.
@@ -198,7 +198,7 @@ def changes_table() -> str:
     for key, title in names.items():
         cells = [title]
         for which, task in columns:
-            name = which + key if key else {"with": "paper_clip_0.2", "without": "clip_0.2"}[which]
+            name = which + key if key else {"with": "paper_clip_0.2", "without": "ppo_clip_fixed"}[which]
             runs = [run for run in results.get((name, f"{task}-v5"), []) if int(run["seed"]) <= 3]
             cells.append(", ".join(map(plot.short, plot.numbers(runs))))
         lines.append("| " + " | ".join(cells) + " |")

@@ -32,6 +32,7 @@ import trpo_continuous as trpo  # noqa: E402
 COLORS = {"TRPO": "#009E73", "NPG": "#CC79A7", "PPO, clipped": "#0072B2", "PPO, adaptive KL": "#E69F00"}
 FIGURES = (
     "minorise_maximise", "clipped_objective", "natural_gradient", "line_search", "conjugate_gradient", "kl_per_update",
+    "steered_rate",
 )  # fmt: skip
 
 
@@ -446,6 +447,41 @@ def draw_kl_per_update(data: dict, plt, ink: str):
     everything = np.concatenate([data[name][:, 1] for name in COLORS])
     axes[0].set_ylim(max(everything.min(), 1e-4) / 1.5, everything.max() * 1.5)
     axes[0].set_ylabel(f"KL of an update; dotted: δ = {data['delta']}")
+    return figure
+
+
+def steered_rate(args: Args, env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Humanoid-v5")) -> dict:
+    """Learning rate and KL of every iteration of the clipped script, with the rate on its straight line and steered."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = {}
+    for env_id in env_ids:
+        for steered in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                common = {"env_id": env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
+                clip.train(clip.Args(**common, adapt_lr=steered, run_dir=Path(folder)))
+                events = EventAccumulator(folder, size_guidance={"scalars": 0})
+                events.Reload()
+                tags = ("charts/learning_rate", "losses/approx_kl")
+                series = [[(event.step, event.value) for event in events.Scalars(tag)] for tag in tags]
+                data[env_id, steered] = dict(zip(tags, np.array(series)))
+    return data
+
+
+def draw_steered_rate(data: dict, plt, ink: str):
+    env_ids = list(dict.fromkeys(env_id for env_id, _ in data))
+    figure, axes = plt.subplots(2, len(env_ids), figsize=(8, 4.2), sharex=True, sharey="row")
+    for column, env_id in zip(axes.T, env_ids):
+        for steered, color, label in ((False, "#D55E00", "on its line"), (True, COLORS["PPO, clipped"], "steered")):
+            for axis, (tag, scale) in zip(column, (("charts/learning_rate", 1e4), ("losses/approx_kl", 1.0))):
+                steps, values = data[env_id, steered][tag].T
+                axis.plot(steps / 1e3, scale * values, color=color, linewidth=1.5, label=label)
+        column[1].axhspan(clip.Args.target_kl / 1.5, clip.Args.target_kl * 1.5, color=ink, alpha=0.15, linewidth=0)
+        column[0].set_title(env_id, fontsize=10)
+        column[1].set(yscale="log", xlabel="thousand steps")
+    axes[0, 0].set_ylabel("learning rate, $10^{-4}$")
+    axes[1, 0].set_ylabel("KL of an iteration\n(band: left as it is)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
