@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -185,8 +185,8 @@ def collect(
     steps = []
     last_obs = []
     episodes = []
-    if WORLD > 1:  # each draws its own actions, from the policy of the first: unlike processors round differently
-        torch.manual_seed(int(torch.randint(2**62, ())) + RANK)
+    if WORLD > 1:  # each draws its own actions, from the network of the first: unlike processors round differently
+        torch.manual_seed(exchange(int(torch.randint(2**62, ())))[0] + RANK)
         for tensor in agent.state_dict().values():
             distributed.broadcast(tensor, 0)
     # The outermost autocast keeps the weights' bfloat16 copies: this one makes them once a rollout, not once a step.
@@ -630,13 +630,11 @@ class Run:
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    if WORLD > 1:
-        try:
+    with suppress(RuntimeError):
+        if WORLD > 1:
             distributed.all_gather_object(shares, share)
-        except RuntimeError:  # another process has ended, and said why: torchrun is about to end this one
-            time.sleep(60)
-            raise
-    return shares
+        return shares
+    sys.exit(1)  # another process has ended, and said why
 
 
 def make_run_dir(args: Args) -> Path:

@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -210,11 +210,12 @@ def collect(
 
     # From a list of steps to one tensor for each field of the rollout.
     fields = [np.stack(field) for field in zip(*steps)]
-    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers, ...
-        fields = [np.concatenate(shares, axis=1) for shares in zip(*exchange(fields))]
+    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers
+        state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
+        shares, states = zip(*exchange((fields, state)))
+        fields = [np.concatenate(x, axis=1) for x in zip(*shares)]
+        agent.load_state_dict(states[0])  # the first process's: unlike processors round differently
         torch.manual_seed(torch.initial_seed() - RANK + WORLD)
-        for tensor in agent.state_dict().values():  # ... and with the first one's networks: processors may round unlike
-            distributed.broadcast(tensor, 0)
     rollout = Rollout(*(torch.as_tensor(field, device=device) for field in fields))
     return rollout, obs, episodes
 
@@ -666,13 +667,11 @@ class Run:
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    if WORLD > 1:
-        try:
+    with suppress(RuntimeError):
+        if WORLD > 1:
             distributed.all_gather_object(shares, share)
-        except RuntimeError:  # another process has ended, and said why: torchrun is about to end this one
-            time.sleep(60)
-            raise
-    return shares
+        return shares
+    sys.exit(1)  # another process has ended, and said why
 
 
 def make_run_dir(args: Args) -> Path:
