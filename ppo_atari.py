@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -630,11 +630,12 @@ class Run:
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    with suppress(RuntimeError):
-        if WORLD > 1:
+    if WORLD > 1:
+        try:
             distributed.all_gather_object(shares, share)
-        return shares
-    sys.exit(1)  # another process has ended, and said why
+        except RuntimeError:  # another process has ended, and said why
+            sys.exit(1)
+    return shares
 
 
 def make_run_dir(args: Args) -> Path:

@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -210,12 +210,8 @@ def collect(
 
     # From a list of steps to one tensor for each field of the rollout.
     fields = [np.stack(field) for field in zip(*steps)]
-    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers
-        state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
-        shares, states = zip(*exchange((fields, state)))
-        fields = [np.concatenate(x, axis=1) for x in zip(*shares)]
-        agent.load_state_dict(states[0])  # the first process's: unlike processors round differently
-        torch.manual_seed(torch.initial_seed() - RANK + WORLD)
+    if WORLD > 1:
+        fields = gather(agent, fields)
     rollout = Rollout(*(torch.as_tensor(field, device=device) for field in fields))
     return rollout, obs, episodes
 
@@ -664,14 +660,25 @@ class Run:
             sys.exit(128 + stop_signal)
 
 
+def gather(agent: Agent, fields: list[np.ndarray]) -> list[np.ndarray]:
+    """The rollouts of all processes side by side, so that all learn from the whole batch; with one random state, and
+    with the networks of the first, as unlike processors round differently."""
+    state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
+    shares, states = zip(*exchange((fields, state)))
+    agent.load_state_dict(states[0])
+    torch.manual_seed(torch.initial_seed() - RANK + WORLD)  # the number that `collect` drew, but nobody's own
+    return [np.concatenate(field, axis=1) for field in zip(*shares)]
+
+
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    with suppress(RuntimeError):
-        if WORLD > 1:
+    if WORLD > 1:
+        try:
             distributed.all_gather_object(shares, share)
-        return shares
-    sys.exit(1)  # another process has ended, and said why
+        except RuntimeError:  # another process has ended, and said why
+            sys.exit(1)
+    return shares
 
 
 def make_run_dir(args: Args) -> Path:
