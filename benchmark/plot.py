@@ -335,18 +335,22 @@ def measured(section: str) -> dict[str, dict[str, list[float]]]:
 
 def speed_table() -> str:
     """Medians over the repetitions, and how many times as fast as the peer of the same kind with 1 and 8 environments,
-    with the smallest and the largest ratio."""
-    lines = ["| | steps/s | times the peer, 1 environment | times the peer, 8 environments |"]
-    lines.append("| --- | --- | --- | --- |")
-    peers = {"trpo": "sb3-contrib TRPO", "ppo_atari": "SB3 PPO CnnPolicy"}
+    with the smallest and the largest ratio; where they are measured, as SBX and as the limit of the machine, too."""
+    columns = ["times the peer, 1 environment", "times the peer, 8 environments"]
+    if "the limit of PPO" in measured("peers"):
+        columns += ["times SBX, 1 environment", "times SBX, 8 environments", "share of the limit"]
+    lines = ["| | steps/s |" + "".join(f" {column} |" for column in columns)]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
+    peers = {"trpo": ("sb3-contrib TRPO", "", "the limit of TRPO"), "ppo_atari": ("SB3 PPO CnnPolicy", "", "")}
     for section, case in (
         ("peers", "trpo"), ("peers", "trpo --compile"), ("peers", "ppo_clip"), ("peers", "ppo_clip --compile"),
         ("peers", "ppo_kl --compile"), ("atari", "ppo_atari"),
     ):  # fmt: skip
         cases, cells = measured(section), []
         speeds = np.array(cases[case]["steps_per_second"])
-        peer = peers.get(case.split()[0], "SB3 PPO")
-        for name in (f"{peer}, 1 environment", peer if section == "atari" else f"{peer}, 8 environments"):
+        peer, sbx, limit = peers.get(case.split()[0], ("SB3 PPO", "SBX PPO", "the limit of PPO"))
+        names = [f"{peer}, 1 environment", peer if section == "atari" else f"{peer}, 8 environments"]
+        for name in [*names, f"{sbx}, 1 environment", f"{sbx}, 8 environments", limit][: len(columns)]:
             if name not in cases:
                 cells.append("")
                 continue
