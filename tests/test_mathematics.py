@@ -108,6 +108,22 @@ def test_the_unit_of_the_rewards_does_not_matter_and_constant_returns_stay_finit
 
 
 @each
+def test_a_rollout_draws_what_the_agents_distribution_draws_and_asks_that_of_a_subclass(script):
+    class Coin(script.Agent):
+        def distribution(self, obs):
+            return torch.distributions.Independent(torch.distributions.Bernoulli(torch.full((len(obs), 2), 0.5)), 1)
+
+    obs, spaces = torch.randn(7, 3), (gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-2, 2, (2,)))
+    for agent in script.Agent(*spaces), Coin(*spaces):
+        drawn = []
+        for draw in agent.sample, lambda obs, agent=agent: agent.distribution(obs).sample():
+            torch.manual_seed(5)
+            drawn.append(draw(obs))
+        assert drawn[0].equal(drawn[1]) and drawn[0].shape == (7, 2)
+    assert set(drawn[0].flatten().tolist()) == {0.0, 1.0}
+
+
+@each
 def test_the_agent_keeps_its_contract_and_starts_with_orthogonal_layers(script):
     agent = script.Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-2, 2, (2,)))
     distribution = agent.distribution(torch.randn(7, 3))
