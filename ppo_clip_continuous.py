@@ -223,6 +223,7 @@ def update(
         old_log_probs = agent.distribution(obs).log_prob(actions)  # of π_old, which the agent still is
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
+    parameters = list(agent.parameters())  # once, as to gather them for every minibatch takes its time
 
     for epoch in range(args.num_epochs):
         if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
@@ -230,8 +231,9 @@ def update(
         order = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, advantages, returns)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
-            optimizer.zero_grad()
-            gradient(agent, *minibatch, args)
+            for parameter in parameters:
+                parameter.grad = None
+            gradient(agent, parameters, *minibatch, args)
             optimizer.step()
         if args.target_kl is not None and approximate_kl(agent, obs, actions, old_log_probs) > args.target_kl:
             break
@@ -252,11 +254,12 @@ def update(
 
 
 def compute_gradient(
-    agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, returns: Tensor, args: Args
-) -> None:
+    agent: Agent, parameters: list[nn.Parameter], obs: Tensor, actions: Tensor, old_log_probs: Tensor,
+    advantages: Tensor, returns: Tensor, args: Args,
+) -> None:  # fmt: skip
     """Put the gradient of -L^{CLIP+VF+S} (eq. 9) over one minibatch into the parameters' `.grad`, its norm clipped.
 
-    obs [batch, obs_size], actions [batch, action_size], the others [batch].
+    parameters are all of the agent's, obs [batch, obs_size], actions [batch, action_size], the others [batch].
     """
     distribution = agent.distribution(obs)
     ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
@@ -266,7 +269,7 @@ def compute_gradient(
     if args.entropy_coef > 0.0:
         loss = loss - args.entropy_coef * distribution.entropy().mean()  # S
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
 
 # ---------------------------------------------------------------------------- mathematics

@@ -235,6 +235,7 @@ def update(
         old_log_probs = old.log_prob(actions)
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
+    parameters = list(agent.parameters())  # once, as to gather them for every minibatch takes its time
 
     for epoch in range(args.num_epochs):
         if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
@@ -242,8 +243,9 @@ def update(
         order = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, old.mean, old.stddev, advantages, returns)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
-            optimizer.zero_grad()
-            gradient(agent, *minibatch, args)
+            for parameter in parameters:
+                parameter.grad = None
+            gradient(agent, parameters, *minibatch, args)
             optimizer.step()
 
     with torch.no_grad():
@@ -266,13 +268,14 @@ def update(
 
 
 def compute_gradient(
-    agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor, old_means: Tensor, old_stds: Tensor,
-    advantages: Tensor, returns: Tensor, args: Args,
+    agent: Agent, parameters: list[nn.Parameter], obs: Tensor, actions: Tensor, old_log_probs: Tensor,
+    old_means: Tensor, old_stds: Tensor, advantages: Tensor, returns: Tensor, args: Args,
 ) -> None:  # fmt: skip
     """Put the gradient of minus eq. 9, its first term eq. 8, over one minibatch into the parameters' `.grad`, its norm
     clipped.
 
-    obs [batch, obs_size], actions, old_means and old_stds (of π_old) [batch, action_size], the others [batch].
+    parameters are all of the agent's, obs [batch, obs_size], actions, old_means and old_stds (of π_old)
+    [batch, action_size], the others [batch].
     """
     distribution = agent.distribution(obs)
     ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
@@ -283,7 +286,7 @@ def compute_gradient(
     if args.entropy_coef > 0.0:
         loss = loss - args.entropy_coef * distribution.entropy().mean()  # S
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
 
 # ---------------------------------------------------------------------------- mathematics

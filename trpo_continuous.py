@@ -313,13 +313,15 @@ def fit_critic(
     with torch.no_grad():
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
+    parameters = list(agent.critic.parameters())  # once, as to gather them for every minibatch takes its time
 
     for epoch in range(args.critic_epochs):
         if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             _, returns = estimate_advantages(agent, rollout, args)
         order = torch.randperm(len(obs), device=obs.device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in (obs, returns))):
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             gradient(agent, *minibatch)
             optimizer.step()
 
