@@ -297,18 +297,23 @@ def measured(section: str) -> dict[str, dict[str, list[float]]]:
 
 
 def speed_table(section: str) -> str:
-    """Medians over the repetitions, and the ratio to each peer of the same kind with its smallest and largest value."""
+    """Medians of the repetitions, and the ratio to each peer of the same kind with its smallest and largest value. The
+    limit of the machine is shown as a peer, and the peers' own share of it too."""
     cases = measured(section)
-    peers = [case for case in cases if case.startswith(("SB3", "sb3"))]
+    peers = [case for case in cases if case.startswith(("SB3", "sb3", "SBX", "the limit"))]
     lines = [
         "| case | steps/s | start-up, s | peak MiB |" + "".join(f" times {peer} |" for peer in peers),
         "| --- | --- | --- | --- |" + " --- |" * len(peers),
     ]
     for case, values in cases.items():
-        line = f"| {case} | {np.median(values['steps_per_second']):,.0f} | {np.median(values['startup_s']):.1f} "
-        line += f"| {max(values['peak_mib']):.0f} |"
+        line = f"| {case} | {np.median(values['steps_per_second']):,.0f} "
+        if "startup_s" in values:  # not so of a limit
+            line += f"| {np.median(values['startup_s']):.1f} | {max(values['peak_mib']):.0f} |"
+        else:
+            line += "| | |"
         for peer in peers:
-            if case in peers or ("trpo" in case) != ("TRPO" in peer):  # another kind, perhaps of another run
+            other_kind = ("trpo" in case.lower()) != ("TRPO" in peer)  # perhaps of another run
+            if other_kind or (case in peers and not peer.startswith("the limit")):
                 line += " |"
                 continue
             ratios = np.array(values["steps_per_second"]) / np.array(cases[peer]["steps_per_second"])

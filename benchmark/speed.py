@@ -37,19 +37,24 @@ CLIP, KL = (
 ATARI = ["ppo_atari.py", "--env-id", "ALE/Pong-v5", "--eval-episodes", "1"]
 HUMANOID = ["ppo_clip_continuous.py", "--env-id", "Humanoid-v5", "--eval-episodes", "1"]
 ONE_CORE = ["taskset", "-c", "0"]
-# What each section times: one of our command lines, or (algorithm, environments) for a peer.
+# What each section times: one of our command lines, (algorithm, environments) for a peer, or ("limit", algorithm) for
+# what no program can leave out.
 SECTIONS = {
     "peers": {
         "trpo": TRPO,
         "trpo --compile": [*TRPO, "--compile"],
         "sb3-contrib TRPO, 1 environment": ("TRPO", 1),
         "sb3-contrib TRPO, 8 environments": ("TRPO", 8),
+        "the limit of TRPO": ("limit", "trpo"),
         "ppo_clip": CLIP,
         "ppo_clip --compile": [*CLIP, "--compile"],
         "ppo_kl": KL,
         "ppo_kl --compile": [*KL, "--compile"],
         "SB3 PPO, 1 environment": ("PPO", 1),
         "SB3 PPO, 8 environments": ("PPO", 8),
+        "SBX PPO, 1 environment": ("SBX", 1),
+        "SBX PPO, 8 environments": ("SBX", 8),
+        "the limit of PPO": ("limit", "ppo"),
     },
     "atari": {
         "ppo_atari": ATARI,
@@ -81,7 +86,7 @@ class Args:
     repeats: int = 3
     """Times that every case runs, in turn with the others."""
     peer_python: str = sys.executable
-    """A Python that has stable-baselines3 and sb3-contrib, where this one has not."""
+    """A Python that has stable-baselines3, sb3-contrib and sbx-rl, where this one has not."""
     results: Path = RESULTS
     """Where the CSV goes; plot.py reads that of the repository alone. Another folder is for a trial."""
 
@@ -124,6 +129,9 @@ def run_peer(name: str, num_envs: int, total_timesteps: int) -> dict[str, float]
             own = {"batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15}
         else:
             Algorithm, own = PPO, {"batch_size": 64, "n_epochs": 10}
+            if name == "SBX":
+                os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # JAX cannot be told to use one thread
+                from sbx import PPO as Algorithm
         model = Algorithm("MlpPolicy", env, n_steps=2048 // num_envs, device="cpu", **own)
     clock = Clock()
     model.learn(total_timesteps, callback=clock)
@@ -193,8 +201,9 @@ def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
 
 
 def lower_bound(name: str, script) -> dict[str, float]:
-    """Microseconds a step of what no program can leave out: MuJoCo with the task's own Python around it, and the matrix
-    products and activations of the rollout and of the minibatch gradients alone, in memory that is already there."""
+    """Microseconds a step of what no program can leave out: 8 environments, bare, in turn (MuJoCo with the task's own
+    Python around it), and the matrix products and activations of the rollout and of the minibatch gradients alone, in
+    memory that is already there."""
     import torch
 
     def clock(function, repeats):
@@ -205,8 +214,9 @@ def lower_bound(name: str, script) -> dict[str, float]:
             function()
         return 1e6 * (time.perf_counter() - start) / repeats
 
-    env = script.make_env("HalfCheetah-v5", ExitStack()).unwrapped
-    env.reset(seed=1)
+    envs = [script.make_env("HalfCheetah-v5", ExitStack()).unwrapped for _ in range(8)]
+    for env in envs:
+        env.reset(seed=1)
     action = env.action_space.sample()
 
     def products(batch, last, backward):
@@ -233,7 +243,18 @@ def lower_bound(name: str, script) -> dict[str, float]:
         gradients = clock(products(128, 1, True), 1000) * 160 / 2048 + clock(products(2048, 6, True), 50) * 18 / 2048
     else:  # 10 epochs of 32 minibatches of 64
         gradients = (clock(products(64, 1, True), 1000) + clock(products(64, 6, True), 1000)) * 320 / 2048
-    return {"bound: environment": clock(lambda: env.step(action), 5000), "bound: network": rollout + gradients}
+    environment = clock(lambda: [env.step(action) for env in envs], 2000) / 8
+    return {"bound: environment": environment, "bound: network": rollout + gradients}
+
+
+def run_limit(name: str) -> dict[str, float]:
+    """The speed that a program would have that did nothing but `lower_bound`, measured in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    bounds = lower_bound(name, importlib.import_module("trpo_continuous"))
+    return {"steps_per_second": 1e6 / sum(bounds.values())}
 
 
 # What follows runs the cases in turn.
@@ -272,7 +293,7 @@ def main(args: Args) -> None:
             if isinstance(work, list):
                 result = run_ours(work, STEPS[args.section], environment)
             else:
-                python = sys.executable if args.section == "time" else args.peer_python
+                python = sys.executable if args.section == "time" or work[0] == "limit" else args.peer_python
                 words = [case] if args.section == "time" else [work[0], str(work[1])]
                 command = [python, __file__, "--one-case", *words, str(STEPS[args.section])]
                 started = time.time()
@@ -302,6 +323,8 @@ if __name__ == "__main__":
         *words, steps = sys.argv[2:]
         if len(words) == 1:
             print(json.dumps(run_timed(words[0], int(steps))))
+        elif words[0] == "limit":
+            print(json.dumps(run_limit(words[1])))
         else:
             print(json.dumps(run_peer(words[0], int(words[1]), int(steps))))
     else:
