@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -59,14 +59,18 @@ import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributions import Categorical, Distribution
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = "ppo_atari"
+# Under torchrun this is process RANK of WORLD: each has its share of the games and of every minibatch.
+RANK, WORLD = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if distributed.is_torchelastic_launched() else (0, 1)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if WORLD > 1:  # of this process, when all on this machine are busy
+    CORES = max(1, CORES // int(os.environ["LOCAL_WORLD_SIZE"]))
 FAST_BFLOAT16 = torch.backends.mkldnn.is_available() and any(  # the processor has instructions for it
     torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
 )
@@ -129,7 +133,7 @@ def train(args: Args) -> Path:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args.bfloat16).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # fused: faster
         run = Run(args, opened, agent=agent, optimizer=optimizer)
-        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())))  # drawn, so that a resumed run plays new games
+        obs, _ = envs.reset(seed=int(torch.randint(2**30, ())) + RANK * envs.num_envs)  # drawn: a resumed run's are new
         batch_size = args.num_envs * args.num_steps
 
         while run.global_step + batch_size <= args.total_timesteps and not run.stop_signal:
@@ -181,6 +185,10 @@ def collect(
     steps = []
     last_obs = []
     episodes = []
+    if WORLD > 1:  # each draws its own actions, from the network of the first: unlike processors round differently
+        torch.manual_seed(exchange(int(torch.randint(2**62, ())))[0] + RANK)
+        for tensor in agent.state_dict().values():
+            distributed.broadcast(tensor, 0)
     # The outermost autocast keeps the weights' bfloat16 copies: this one makes them once a rollout, not once a step.
     with torch.autocast(device.type, enabled=False):
         for t in range(num_steps):
@@ -194,7 +202,7 @@ def collect(
                 successor = next_obs.copy()
                 successor[game_over] = infos["final_obs"][game_over]
             for i in np.flatnonzero(game_over):
-                step = int(global_step + t * envs.num_envs + 1 + i)  # its own: TensorBoard shows one value a step
+                step = int(global_step + (t * WORLD + RANK) * envs.num_envs + 1 + i)  # its own, for TensorBoard
                 episodes.append((step, float(infos["score"][i]), int(infos["length"][i])))
             last_obs.append(successor if t == num_steps - 1 else successor[done])
             log_prob = distribution.log_prob(action)
@@ -214,7 +222,8 @@ def estimate_advantages(agent: Agent, rollout: Rollout, args: Args) -> tuple[Ten
     advantages, returns = compute_gae(
         rollout.rewards, rollout.values, next_values, rollout.terminations, rollout.dones, args.gamma, args.gae_lambda
     )
-    mean, std = advantages.mean(), advantages.std(correction=0)
+    whole_batch = torch.cat(exchange(advantages.cpu())) if WORLD > 1 else advantages
+    mean, std = whole_batch.mean(), whole_batch.std(correction=0)
     if args.center_advantages:
         advantages = advantages - mean
     if args.normalize_advantages:
@@ -246,8 +255,10 @@ def update(
             obs = images.index_select(0, i).permute(0, 3, 1, 2)
             gradient(agent, obs, actions[i], old_log_probs[i], advantages[i], returns[i], args)
             optimizer.step()
-        if args.target_kl is not None and approximate_kl(agent, pixels, actions, old_log_probs) > args.target_kl:
-            break
+        if args.target_kl is not None:
+            kls = exchange(float(approximate_kl(agent, pixels, actions, old_log_probs)))
+            if sum(kls) / WORLD > args.target_kl:
+                break
 
     with torch.no_grad():  # obs and i are still those of the last minibatch
         distribution, values = agent.both(obs)
@@ -279,7 +290,18 @@ def compute_gradient(
     if args.entropy_coef > 0.0:
         loss = loss - args.entropy_coef * distribution.entropy().mean()  # S
     loss.backward()
+    if WORLD > 1:
+        average_gradients(agent)
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+
+
+def average_gradients(agent: Agent) -> None:
+    """Make every gradient the mean of all processes': that of the whole minibatch, of which each has an equal share."""
+    gradients = [p.grad for p in agent.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)  # one exchange, of the sum
+    for gradient, mean in zip(gradients, flat.div_(WORLD).split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 # ---------------------------------------------------------------------------- mathematics
@@ -404,7 +426,7 @@ class BlockConv2d(nn.Conv2d):
 
 # ---------------------------------------------------------------------------- games and evaluation
 def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
-    """num_envs games stepped together in C++ threads, preprocessing included; `opened` closes them.
+    """This process's share of num_envs games, stepped together in C++ threads with preprocessing; `opened` closes them.
 
     Of the two switches for lives `episodic_life` would restart the whole game after each, so it is `life_loss_info`
     that is on. SAME_STEP: the step that ends a game already returns the beginning of the next one, and its own last
@@ -412,8 +434,8 @@ def make_envs(args: Args, opened: ExitStack) -> VectorEnv:
     """
     envs = AtariVectorEnv(
         game_of(args.env_id),
-        args.num_envs,
-        num_threads=min(args.num_threads, args.num_envs),
+        args.num_envs // WORLD,
+        num_threads=min(args.num_threads, args.num_envs // WORLD),
         repeat_action_probability=args.repeat_action_probability,
         autoreset_mode=AutoresetMode.SAME_STEP,
         life_loss_info=True,
@@ -535,7 +557,10 @@ class Run:
         self.parts = parts
         self.global_step = 0
         self.recent_returns = deque(maxlen=100)
-        self.stop_signal = 0
+        self.own_signal = self.stop_signal = 0
+        if WORLD > 1:  # now that all have accepted the arguments, the first process may write, and it alone
+            distributed.init_process_group()
+            opened.callback(distributed.destroy_process_group)
         if args.resume:
             checkpoint = load_checkpoint(args.resume, **parts)
             self.global_step = checkpoint["global_step"]
@@ -544,6 +569,11 @@ class Run:
             if torch.cuda.is_initialized() and len(checkpoint["cuda_rng"]):
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
             time.sleep(1.01 - time.time() % 1.0)  # event files are read in the order of the seconds in their names
+        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers from no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                opened.callback(signal.signal, number, signal.signal(number, self.stop))
+        if RANK > 0:
+            return
         self.run_dir = make_run_dir(args)
         self.writer = opened.enter_context(SummaryWriter(str(self.run_dir), purge_step=self.global_step + 1))
         self.writer.add_text("args", f"```\n{(self.run_dir / 'args.json').read_text()}```", self.global_step)
@@ -551,17 +581,18 @@ class Run:
         bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", dynamic_ncols=True)
         self.bar = opened.enter_context(bar)
         self.start = (time.perf_counter(), self.global_step)
-        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers from no other
-            for number in (signal.SIGINT, signal.SIGTERM):
-                opened.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def stop(self, number: int, frame) -> None:
-        if self.stop_signal:  # asked twice: at once, with the last checkpoint
+        if self.own_signal and WORLD == 1:  # asked twice: at once, with the last checkpoint; torchrun always does
             sys.exit(128 + number)
-        self.stop_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
+        self.own_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
 
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
+        shares, signals = zip(*exchange((episodes, self.own_signal)))
+        episodes, self.stop_signal = sorted(sum(shares, [])), max(signals)  # all processes stop where one is asked to
+        if RANK > 0:
+            return
         start_time, start_step = self.start
         metrics["charts/SPS"] = (self.global_step - start_step) / (time.perf_counter() - start_time)
         for name, value in metrics.items():
@@ -584,14 +615,26 @@ class Run:
 
     def finish(self) -> None:
         """Save the last checkpoint and sum up; after a stop signal, exit with the status that shells give to it."""
+        if RANK > 0:
+            sys.exit()
         self.save()
         self.bar.close()
         if self.recent_returns:
             mean, std = np.mean(self.recent_returns), np.std(self.recent_returns)
             print(f"training: {mean:.1f} ± {std:.1f} over the last {len(self.recent_returns)} episodes")
-        if self.stop_signal:
+        if stop_signal := self.stop_signal or self.own_signal:  # which may have come after the last iteration
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + stop_signal)
+
+
+def exchange(share) -> list:
+    """The shares of all processes, in the order of their ranks; every process has to ask."""
+    shares = [share] * WORLD
+    with suppress(RuntimeError):
+        if WORLD > 1:
+            distributed.all_gather_object(shares, share)
+        return shares
+    sys.exit(1)  # another process has ended, and said why
 
 
 def make_run_dir(args: Args) -> Path:
@@ -664,7 +707,10 @@ def check_args(args: Args) -> None:
             check(name, 0 < value < np.inf, "positive and finite")
     batch_size = args.num_envs * args.num_steps
     check("num_steps", batch_size > 1, "at least 2 for one environment, as one sample has no variance")
-    check("num_minibatches", batch_size % args.num_minibatches == 0, f"a divisor of num_envs * num_steps, {batch_size}")
+    check("num_envs", args.num_envs % WORLD == 0, f"a multiple of {WORLD}, the number of processes")
+    check("evaluate", not args.evaluate or WORLD == 1, "left out under torchrun: one process plays it")
+    share = batch_size // WORLD
+    check("num_minibatches", share % args.num_minibatches == 0, f"a divisor of num_envs * num_steps / {WORLD}, {share}")
     check("device", args.device != "cuda" or torch.cuda.is_available(), "cpu, as PyTorch finds no CUDA device")
     steps_so_far = 0
     if args.resume or args.evaluate:
@@ -706,6 +752,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         torch.set_num_threads(args.num_threads)
+        if WORLD > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.evaluate:
             check_args(args)
         run_dir = args.evaluate or train(args)

@@ -29,6 +29,9 @@ class Args:
     """Seed of everything."""
     total_timesteps: int = 1_000_000
     """Environment steps of the whole run."""
+    kl_in_nats: bool = False
+    """TRPO: δ and damping over the number of action dimensions, which sb3-contrib divides the KL by: then its trust
+    region is that of the paper, and ours, with the same numbers (peers_faults.py)."""
     eval_episodes: int = 20
     """Episodes of the deterministic evaluation at the end, with the training's statistics frozen."""
     run_dir: Path | None = None
@@ -73,7 +76,11 @@ def learn(args: Args, writer: SummaryWriter) -> np.ndarray:
 
     torch.set_num_threads(1)
     env = VecNormalize(make_vec_env(args.env_id, seed=args.seed))
-    model = {"ppo": PPO, "trpo": TRPO}[args.algorithm]("MlpPolicy", env, seed=args.seed, device="cpu")
+    options = {"seed": args.seed, "device": "cpu"}
+    if args.kl_in_nats:
+        actions = env.action_space.shape[0]
+        options |= {"target_kl": 0.01 / actions, "cg_damping": 0.1 / actions}
+    model = {"ppo": PPO, "trpo": TRPO}[args.algorithm]("MlpPolicy", env, **options)
     model.learn(args.total_timesteps, callback=Log())
     frozen = VecNormalize(make_vec_env(args.env_id, seed=args.seed + 10_000), training=False, norm_reward=False)
     frozen.obs_rms = env.obs_rms

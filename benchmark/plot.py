@@ -18,12 +18,13 @@ from run import file_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-NAMES = {
-    "ppo_clip": "PPO, clipped",
-    "ppo_kl": "PPO, adaptive KL",
+NAMES = {  # of PPO the runs before its learning rate followed the KL, until the campaign with it is whole
+    "ppo_clip_fixed": "PPO, clipped",
+    "ppo_kl_fixed": "PPO, adaptive KL",
     "trpo": "TRPO",
     "npg": "NPG",
 }
+STEERED = {"ppo_clip": "PPO, clipped, steered rate", "ppo_kl": "PPO, adaptive KL, steered rate"}
 TABLE_1 = {  # the rows of table1.py
     "none": "no clipping or penalty",
     **{f"clip_{e}": f"clipping, ε = {e}" for e in (0.1, 0.2, 0.3)},
@@ -41,6 +42,7 @@ CHANGES = {  # what table1.py tries one at a time
     "grad_norm": "gradient clipped to a norm of 0.5",
 }
 OTHERS = {
+    **STEERED,
     "ppo_none": "no clipping or penalty",
     **{row: name for row, name in TABLE_1.items() if row not in NAMES},
     **{f"paper_{row}": f"{name}, the paper's setting" for row, name in TABLE_1.items()},
@@ -50,7 +52,6 @@ OTHERS = {
     "collapse_clip_0.2_raw": "clipping, advantages as they are, see table1.md",
     **{f"with_{key}": f"clipping, the paper's setting, but {name}" for key, name in CHANGES.items()},
     **{f"without_{key}": f"clipping, our defaults, but not {name}" for key, name in CHANGES.items()},
-    "ppo_clip_bound": "PPO, clipped, target_kl = 0.03",
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
     "trpo_no_floor": "TRPO, no floor",
@@ -58,12 +59,13 @@ OTHERS = {
     "trpo_gamma": "TRPO, γ = 0.9999",
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
+    "sb3_trpo_nats": "sb3-contrib TRPO, δ = 0.01 nats",
     "ppo_atari": "PPO, Atari",
     "ppo_atari_3M": "PPO, Atari, learning rate down to 0 at 3M steps",
     "ppo_atari_float32": "PPO, Atari, in float32",
     "random": "random policy",
 }
-COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
+COLORS = {"ppo_clip_fixed": "#0072B2", "ppo_kl_fixed": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
 # The best published figure with one setting for all tasks, 1M steps, of PPO, its KL penalty, TRPO and NPG. Those for
 # Ant are of v3 and v4, which do not observe contact forces.
 PUBLISHED = {
@@ -82,11 +84,13 @@ PUBLISHED = {
 }
 # Most are Tianshou's, the best deterministic evaluation of a run. These are returns at the end of training: of the KL
 # penalty and on Walker2d KLip-PPO's (arXiv 2606.23932), the others OpenAI Baselines'.
-PUBLISHED_TRAINING = {("ppo_kl", env_id) for env_id in PUBLISHED} | {
-    ("ppo_clip", "Walker2d-v5"), ("ppo_clip", "Swimmer-v5"), ("trpo", "Swimmer-v5"), ("trpo", "Reacher-v5"),
+PUBLISHED_TRAINING = {("ppo_kl_fixed", env_id) for env_id in PUBLISHED} | {
+    ("ppo_clip_fixed", "Walker2d-v5"), ("ppo_clip_fixed", "Swimmer-v5"), ("trpo", "Swimmer-v5"), ("trpo", "Reacher-v5"),
 }  # fmt: skip
+PEERS = ("ppo_clip_fixed", "sb3_ppo", "trpo", "sb3_trpo", "sb3_trpo_nats")
 ORDER = [*PUBLISHED, "Ant-v5"]
 FEWEST = 3  # seeds below which there is no interval, and no verdict
+ENOUGH = 5  # seeds below which an interval that holds the published figure decides nothing
 
 
 def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -99,7 +103,7 @@ def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def curve_of(run: dict[str, str]) -> Path:
-    """The CSV with step and return of every episode of a run, given its row of the summary."""
+    """The CSV with the learning curve of a run (`run.thin`), given its row of the summary."""
     return RESULTS / run["algorithm"] / f"{file_name(run['env_id'], run['seed'])}.csv"
 
 
@@ -143,8 +147,8 @@ def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple
             parts[-1] += f" ({short(low)} to {short(high)})"
             if bold:
                 verdict = "ahead of" if low > best else "behind" if high < best else "level with"
-                if verdict == "level with" and low < best - 0.5 * abs(best):
-                    verdict = "undecided beside"  # an interval as wide as this contains almost anything
+                if verdict == "level with" and (low < best - 0.5 * abs(best) or len(runs) < ENOUGH):
+                    verdict = "undecided beside"  # an interval as wide, or of as few seeds, contains almost anything
                 parts[-1] += f", {verdict} {short(best)}"
     if runs and len(runs) != 5:
         parts.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}")
@@ -159,17 +163,22 @@ def beside_published(algorithm: str, env_id: str) -> tuple[str, str]:
 
 
 def outcome() -> str:
-    """The verdicts of all tasks, one line an algorithm."""
-    lines = []
+    """The verdicts of all tasks, in a sentence."""
+    parts = []
     for algorithm, name in NAMES.items():
         verdicts = {env_id: verdict for env_id in ORDER if (verdict := beside_published(algorithm, env_id)[1])}
         good = sum(verdict in ("ahead of", "level with") for verdict in verdicts.values())
-        line = f"- **{name}**: ahead or level on {good} of {len(verdicts)} tasks"
+        others = []
         for what, word in (("behind", "behind on"), ("undecided beside", "undecided on")):
             if tasks := [env_id for env_id, verdict in verdicts.items() if verdict == what]:
-                line += f", {word} {' and '.join(tasks)}"
-        lines.append(line + ".")
-    return "\n".join(lines)
+                others.append(f"{word} {' and '.join(tasks)}")
+        if algorithm == "npg" and (same := [env_id for env_id in verdicts if is_trpo(summary(), env_id)]):
+            others.append(f"with the very runs of TRPO on {' and '.join(same)}")
+        parts.append(f"{name} on {good} of {len(verdicts)} tasks" + f" ({', '.join(others)})" * bool(others))
+    return (
+        "Ahead of or level with the best figure that we know of, published for the same algorithm with one setting for "
+        f"all tasks (on older versions of them): {'; '.join(parts)}."
+    )
 
 
 def results_table() -> str:
@@ -179,16 +188,69 @@ def results_table() -> str:
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
         cells = [beside_published(algorithm, env_id)[0] for algorithm in NAMES]
+        if is_trpo(rows, env_id):
+            cells[-1] += "<br>the same runs as TRPO"
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
-    for env_id, own, what in (
-        ("Humanoid-v5", "bound", "`--target-kl 0.03`"),
-        ("Swimmer-v5", "gamma", "`--gamma 0.9999`"),
-    ):
-        cells = [cell(rows.get((f"{algorithm}_{own}", env_id), []), None, "")[0] for algorithm in NAMES]
+    for env_id, own, what in (("Swimmer-v5", "gamma", "`--gamma 0.9999`"),):
+        algorithms = [algorithm.removesuffix("_fixed") for algorithm in NAMES]
+        cells = [cell(rows.get((f"{algorithm}_{own}", env_id), []), None, "")[0] for algorithm in algorithms]
         if any(cells):
             lines.append(f"| not counted: {env_id}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def is_trpo(rows: dict, env_id: str) -> bool:
+    """Whether NPG's runs of a task are TRPO's, as where the line search never had to shorten a step."""
+    pairs = [rows.get((algorithm, env_id), []) for algorithm in ("trpo", "npg")]
+    figures = [[(run["seed"], run["train_last_100"], run["evaluation_mean"]) for run in runs] for runs in pairs]
+    return len(figures[0]) > 0 and figures[0] == figures[1]
+
+
+def means(runs: list[dict[str, str]]) -> str:
+    """The last 100 training episodes / the deterministic evaluation, means over seeds."""
+    columns = ("train_last_100", "evaluation_mean") if runs else ()
+    seeds = "" if len(runs) in (0, ENOUGH) else f" ({len(runs)} seed{'s' * (len(runs) > 1)})"
+    return " / ".join(short(numbers(runs, column).mean()) for column in columns) + seeds
+
+
+def means_table() -> str:
+    """`means`, one row a task."""
+    rows = summary()
+    lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
+    for env_id in ORDER:
+        cells = [means(rows.get((algorithm, env_id), [])) for algorithm in NAMES]
+        if is_trpo(rows, env_id):
+            cells[-1] = "the same runs as TRPO"
+        if any(cells):
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steered_table() -> str:
+    """`means` of the same seeds with the learning rate as it falls linearly, and as it follows the KL."""
+    rows = summary()
+    columns = [x for name in STEERED if any(a == name for a, _ in rows) for x in (f"{name}_fixed", name)]
+    names = {**NAMES, **STEERED}
+    lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for env_id in ORDER:
+        cells = []
+        for name in columns:
+            seeds = {run["seed"] for run in rows.get((name.removesuffix("_fixed"), env_id), [])}
+            cells.append(means([run for run in rows.get((name, env_id), []) if run["seed"] in seeds]))
+        if any(cells):
+            lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def atari_line() -> str:
+    """The scores of ppo_atari.py with its default schedule, in a line."""
+    games = {env_id: runs for (algorithm, env_id), runs in sorted(summary().items()) if algorithm == "ppo_atari"}
+    parts = []
+    for env_id, runs in games.items():
+        scores = [f"{float(r['train_last_100']):.1f} ({float(r['total_timesteps']) / 1e6:.1f}M steps)" for r in runs]
+        parts.append(f"`{env_id}` {', '.join(scores)}")
+    return "Atari, mean score of the last 100 full games, a figure a seed: " + "; ".join(parts) + "."
 
 
 def atari_table() -> str:
@@ -225,15 +287,6 @@ def aggregate_table() -> str:
     return "\n".join(lines)
 
 
-def steps_to(goal: float, run: dict[str, str]) -> float:
-    """Steps until the mean of 20 training episodes in a row first reached goal; infinite where never."""
-    data = np.loadtxt(curve_of(run), delimiter=",", skiprows=1, ndmin=2)
-    means = np.convolve(data[:, 1], np.ones(20) / 20, "valid")
-    if not (means >= goal).any():
-        return np.inf
-    return data[19:][means >= goal][0, 0]
-
-
 def mean_and_spread(runs: list[dict[str, str]]) -> str:
     """Last 100 training episodes and deterministic evaluation, mean ± std over seeds."""
     parts = []
@@ -246,7 +299,7 @@ def mean_and_spread(runs: list[dict[str, str]]) -> str:
 def peers_table() -> str:
     """Ours beside the peers, and the time to 3,000 on HalfCheetah."""
     rows, names = summary(), {**NAMES, **OTHERS}
-    columns = [name for name in ("ppo_clip", "sb3_ppo", "trpo", "sb3_trpo") if any(a == name for a, _ in rows)]
+    columns = [name for name in PEERS if any(a == name for a, _ in rows)]
     lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
     for env_id in ORDER:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
@@ -255,7 +308,7 @@ def peers_table() -> str:
     cells = []
     for name in columns:
         runs = rows[name, "HalfCheetah-v5"]
-        steps = [steps_to(3000.0, run) for run in runs]
+        steps = [float(run["steps_to_3000"] or "inf") for run in runs]
         reached = f"{np.isfinite(steps).sum()} of {len(runs)} seeds"
         if not runs or np.isinf(np.median(steps)):
             cells.append(f"never, {reached}" if runs else "")
@@ -266,22 +319,6 @@ def peers_table() -> str:
         seconds = f"{min(times):.0f} to {max(times):.0f} s; " if times else ""
         cells.append(f"{np.median(steps):,.0f} steps; {seconds}{reached}")
     lines.append("| HalfCheetah-v5 until 3,000 (median of steps; range of times) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def seeds_table() -> str:
-    """Every run: training mean, deterministic evaluation, and the command that repeats it."""
-    lines = [
-        "| algorithm | environment | seed | last 100 training episodes | deterministic evaluation | command |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    rows, names = summary(), {**NAMES, **OTHERS}
-    for algorithm, env_id in sorted(rows, key=lambda key: ([*names, key[0]].index(key[0]), key)):
-        for row in rows[algorithm, env_id]:
-            lines.append(
-                f"| {names.get(algorithm, algorithm)} | {env_id} | {row['seed']} | {float(row['train_last_100']):.1f} "
-                f"| {row['evaluation_mean']} ± {row['evaluation_std']} | `{row['command']}` |"
-            )
     return "\n".join(lines)
 
 
@@ -296,59 +333,43 @@ def measured(section: str) -> dict[str, dict[str, list[float]]]:
     return values
 
 
-def speed_table(section: str) -> str:
-    """Medians of the repetitions, and the ratio to each peer of the same kind with its smallest and largest value. The
-    limit of the machine is shown as a peer, and the peers' own share of it too."""
-    cases = measured(section)
-    peers = [case for case in cases if case.startswith(("SB3", "sb3", "SBX", "the limit"))]
-    lines = [
-        "| case | steps/s | start-up, s | peak MiB |" + "".join(f" times {peer} |" for peer in peers),
-        "| --- | --- | --- | --- |" + " --- |" * len(peers),
-    ]
-    for case, values in cases.items():
-        line = f"| {case} | {np.median(values['steps_per_second']):,.0f} "
-        if "startup_s" in values:  # not so of a limit
-            line += f"| {np.median(values['startup_s']):.1f} | {max(values['peak_mib']):.0f} |"
-        else:
-            line += "| | |"
-        for peer in peers:
-            other_kind = ("trpo" in case.lower()) != ("TRPO" in peer)  # perhaps of another run
-            if other_kind or (case in peers and not peer.startswith("the limit")):
-                line += " |"
+def speed_table() -> str:
+    """Medians over the repetitions, and how many times as fast as the peer of the same kind with 1 and 8 environments,
+    with the smallest and the largest ratio; where they are measured, as SBX and as the limit of the machine, too."""
+    columns = ["times the peer, 1 environment", "times the peer, 8 environments"]
+    if "the limit of PPO" in measured("peers"):
+        columns += ["times SBX, 1 environment", "times SBX, 8 environments", "share of the limit"]
+    lines = ["| | steps/s |" + "".join(f" {column} |" for column in columns)]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
+    peers = {"trpo": ("sb3-contrib TRPO", "", "the limit of TRPO"), "ppo_atari": ("SB3 PPO CnnPolicy", "", "")}
+    for section, case in (
+        ("peers", "trpo"), ("peers", "trpo --compile"), ("peers", "ppo_clip"), ("peers", "ppo_clip --compile"),
+        ("peers", "ppo_kl --compile"), ("atari", "ppo_atari"),
+    ):  # fmt: skip
+        cases, cells = measured(section), []
+        speeds = np.array(cases[case]["steps_per_second"])
+        peer, sbx, limit = peers.get(case.split()[0], ("SB3 PPO", "SBX PPO", "the limit of PPO"))
+        names = [f"{peer}, 1 environment", peer if section == "atari" else f"{peer}, 8 environments"]
+        for name in [*names, f"{sbx}, 1 environment", f"{sbx}, 8 environments", limit][: len(columns)]:
+            if name not in cases:
+                cells.append("")
                 continue
-            ratios = np.array(values["steps_per_second"]) / np.array(cases[peer]["steps_per_second"])
-            line += f" {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |"
-        lines.append(line)
+            ratios = speeds / np.array(cases[name]["steps_per_second"])
+            cells.append(f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
+        lines.append(f"| {case} | {np.median(speeds):,.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def time_table() -> str:
-    """Microseconds a step of each part of a run, medians of the repetitions; in brackets the least it can take."""
-    cases = measured("time")
-    parts = ["environment", "network", "optimizer", "advantages", "statistics", "log", "rest", "total"]
-    lines = ["| µs a step | " + " | ".join(parts) + " | neither environment, network nor optimizer |"]
-    lines.append("| --- |" + " --- |" * (len(parts) + 1))
-    for case, values in cases.items():
-        median = {part: np.median(values[part]) for part in values}
-        bound = {part: f" (at least {median[b]:.1f})" if (b := f"bound: {part}") in median else "" for part in parts}
-        cells = [f"{median[part]:.1f}{bound[part]}" for part in parts]
-        other = 1.0 - sum(median[part] for part in parts[:3]) / median["total"]
-        lines.append(f"| {case} | " + " | ".join(cells) + f" | {other:.0%} |")
-    return "\n".join(lines)
-
-
+README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
-    (ROOT / "README.md", "outcome"): outcome,
-    (ROOT / "README.md", "results"): results_table,
-    (ROOT / "README.md", "peers"): peers_table,
-    (ROOT / "README.md", "Atari"): atari_table,
-    (ROOT / "benchmark" / "README.md", "aggregate"): aggregate_table,
-    (ROOT / "benchmark" / "README.md", "peers"): peers_table,
-    (ROOT / "benchmark" / "README.md", "runs"): seeds_table,
-    (ROOT / "benchmark" / "README.md", "speed"): lambda: speed_table("peers"),
-    (ROOT / "benchmark" / "README.md", "speed of Atari"): lambda: speed_table("atari"),
-    (ROOT / "benchmark" / "README.md", "time"): time_table,
-    (ROOT / "benchmark" / "README.md", "scaling"): lambda: speed_table("scaling"),
+    (README, "results"): lambda: f"{means_table()}\n\n{outcome()}\n\n{atari_line()}",
+    (PAGE, "steered"): steered_table,
+    (PAGE, "outcome"): outcome,
+    (PAGE, "results"): results_table,
+    (PAGE, "Atari"): atari_table,
+    (PAGE, "aggregate"): aggregate_table,
+    (PAGE, "peers"): peers_table,
+    (PAGE, "speed"): speed_table,
 }
 
 
@@ -362,9 +383,20 @@ def curve(run: dict[str, str], steps: np.ndarray) -> np.ndarray:
     window = steps[-1] / 20
     means = []
     for step in steps:
-        inside = data[(data[:, 0] > step - window) & (data[:, 0] <= step), 1]
-        means.append(inside.mean() if len(inside) else np.nan)
+        _, returns, episodes = data[(data[:, 0] > step - window) & (data[:, 0] <= step)].T
+        means.append(np.average(returns, weights=episodes) if len(episodes) else np.nan)
     return np.array(means)
+
+
+def last_100(returns: np.ndarray, episodes: np.ndarray) -> list[float]:
+    """At each row of a curve the mean return of the last 100 episodes; of the oldest row that reaches into them as many
+    as are missing to 100, as if all of its episodes had its mean."""
+    means = []
+    for i in range(len(returns)):
+        newer = np.cumsum(episodes[i::-1]) - episodes[i::-1]  # episodes after each row's, newest row first
+        weights = np.clip(100 - newer, 0, episodes[i::-1])
+        means.append(float(np.average(returns[i::-1], weights=weights)))
+    return means
 
 
 def draw_atari() -> None:
@@ -376,10 +408,9 @@ def draw_atari() -> None:
     figure, axes = plt.subplots(1, len(games), figsize=(5.5 * len(games), 3.6), squeeze=False)
     for run in runs:
         axis = axes[0, games.index(run["env_id"])]
-        steps, scores = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
-        means = [scores[max(0, i - 99) : i + 1].mean() for i in range(len(scores))]
+        steps, scores, played = np.loadtxt(curve_of(run), delimiter=",", skiprows=1).T
         setting = OTHERS[run["algorithm"]].removeprefix("PPO, Atari").removeprefix(", ") or "default"
-        axis.plot(steps / 1e6, means, label=f"{setting}, seed {run['seed']}")
+        axis.plot(steps / 1e6, last_100(scores, played), label=f"{setting}, seed {run['seed']}")
     for axis, game in zip(axes[0], games):
         axis.set_title(game)
         axis.set_xlabel("million steps")

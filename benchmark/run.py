@@ -4,8 +4,8 @@
 
 What results/summary.csv already has is skipped, and a run that was stopped in the middle is resumed, so a killed
 campaign continues with the same command; what another campaign is running is left to it. Each run leaves
-`results/<algorithm>/<env>__<seed>.csv` (step, return of every finished episode) and a row of `results/summary.csv`
-with what is needed to repeat it. Needs Linux or macOS.
+`results/<algorithm>/<env>__<seed>.csv`, its learning curve in at most 200 rows (`thin`), and a row of
+`results/summary.csv` with its figures and what is needed to repeat it. Needs Linux or macOS.
 """
 
 import csv
@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -35,17 +36,18 @@ ALGORITHMS = {  # the script and the arguments that make it this algorithm
     "ppo_kl": ["ppo_kl_continuous.py"],
     "trpo": ["trpo_continuous.py"],
     "npg": ["trpo_continuous.py", "--no-line-search"],
-    "ppo_none": ["ppo_kl_continuous.py", "--kl-coef", "0", "--no-adapt-kl-coef"],
+    "ppo_clip_fixed": ["ppo_clip_continuous.py", "--no-adapt-lr"],
+    "ppo_kl_fixed": ["ppo_kl_continuous.py", "--no-adapt-lr"],
+    "ppo_none": ["ppo_kl_continuous.py", "--no-adapt-lr", "--kl-coef", "0", "--no-adapt-kl-coef"],
     "trpo_no_floor": ["trpo_continuous.py", "--min-log-std", "-10"],
     "npg_no_floor": ["trpo_continuous.py", "--no-line-search", "--min-log-std", "-10"],
-    # For Humanoid alone, where clipping does not bound the step.
-    "ppo_clip_bound": ["ppo_clip_continuous.py", "--target-kl", "0.03"],
     # For Swimmer alone, where sb3-contrib's TRPO has 359 with this gamma.
-    "ppo_clip_gamma": ["ppo_clip_continuous.py", "--gamma", "0.9999"],
-    "ppo_kl_gamma": ["ppo_kl_continuous.py", "--gamma", "0.9999"],
+    "ppo_clip_gamma": ["ppo_clip_continuous.py", "--no-adapt-lr", "--gamma", "0.9999"],
+    "ppo_kl_gamma": ["ppo_kl_continuous.py", "--no-adapt-lr", "--gamma", "0.9999"],
     "trpo_gamma": ["trpo_continuous.py", "--gamma", "0.9999"],
     "sb3_ppo": ["benchmark/peers.py", "--algorithm", "ppo"],
     "sb3_trpo": ["benchmark/peers.py", "--algorithm", "trpo"],
+    "sb3_trpo_nats": ["benchmark/peers.py", "--algorithm", "trpo", "--kl-in-nats"],
     "random": ["benchmark/peers.py", "--algorithm", "random"],
 }
 ENV_IDS = (
@@ -107,6 +109,37 @@ def episodes_of(run_dir: Path) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars("charts/episodic_return")]
 
 
+def figures(episodes: list[tuple[int, float]]) -> dict[str, float | str]:
+    """What the tables need of every single episode, for summary.csv; empty where there is no such figure."""
+    steps, returns = np.array(episodes, dtype=float).T
+    tens, twenties = (np.convolve(returns, np.ones(n) / n, "valid") if len(returns) >= n else [] for n in (10, 20))
+    reached = [step for step, mean in zip(steps[19:], twenties) if mean >= 3000.0]
+    return {
+        "train_last_100": round(float(returns[-100:].mean()), 2),
+        "train_first_2": round(float(returns[:2].mean()), 2),
+        "worst_10": round(float(min(tens)), 2) if len(tens) else "",  # the worst 10 episodes in a row
+        "steps_to_3000": int(reached[0]) if reached else "",  # where 20 episodes in a row first had that mean
+    }
+
+
+def thin(episodes: list[tuple[int, float]], total_timesteps: int) -> list[tuple[int, float, int]]:
+    """A learning curve in at most 200 rows, one for each 200th of a run's steps in which an episode ended: (step of
+    the last of them, their mean return, how many they are). Weighted by their numbers, the rows of any stretch of
+    whole 200ths give the mean of all its episodes."""
+    total, parts = max(total_timesteps, episodes[-1][0]), {}
+    for step, value in episodes:
+        parts.setdefault(-(-step * 200 // total), []).append((step, value))
+    return [(part[-1][0], round(sum(v for _, v in part) / len(part), 2), len(part)) for part in parts.values()]
+
+
+def write_curve(path: Path, rows: list[tuple[int, float, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(["step", "return", "episodes"])
+        writer.writerows(rows)
+
+
 def stored_command(summary: TextIO, algorithm: str, env_id: str, seed: int) -> str | None:
     """The command of the row that the summary has of this run, if it has one."""
     summary.seek(0)
@@ -155,6 +188,9 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
     repeat = ["python", script, *own, *arguments, "--eval-episodes", "20"]
     with (args.results / "summary.csv").open("a+", newline="") as summary:
         stored = stored_command(summary, algorithm, env_id, seed)
+        summary.seek(0)
+        if (header := summary.readline()) and "steps_to_3000" not in header:
+            raise ValueError(f"{summary.name} has the columns of an older run.py; python benchmark/thin.py mends it")
     if stored is not None:
         if stored.replace(" --compile", "") != " ".join(repeat).replace(" --compile", ""):
             raise ValueError(f"{summary.name} has it of another command, {stored}; give another --results")
@@ -173,14 +209,14 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
         raise ValueError(f"status {process.returncode}: {message}")
     evaluation = re.search(r"evaluation: (\S+) ± (\S+) over", process.stdout)
     episodes = episodes_of(run_dir)
+    of_episodes = figures(episodes)
     packages = ["torch", "gymnasium", "mujoco", "numpy", *([] if ours else ["stable-baselines3", "sb3-contrib"])]
-    last = [value for _, value in episodes[-100:]]
     row = {
         "algorithm": algorithm,
         "env_id": env_id,
         "seed": seed,
         "total_timesteps": args.total_timesteps,
-        "train_last_100": round(sum(last) / len(last), 2),
+        "train_last_100": of_episodes.pop("train_last_100"),
         "evaluation_mean": evaluation[1],
         "evaluation_std": evaluation[2],
         "steps_per_second": round(args.total_timesteps / seconds) if where[0] == "--run-dir" else "",
@@ -188,16 +224,13 @@ def run_alone(args: Args, algorithm: str, env_id: str, seed: int, name: str, loc
         "versions": " ".join([f"{p} {version(p)}" for p in packages] + [f"script {ran}"]),
         "python": platform.python_version(),
         "processor": processor(),
+        **of_episodes,
     }
     with (args.results / "summary.csv").open("a+", newline="") as summary:  # last, as its row says that the run is done
         fcntl.flock(summary, fcntl.LOCK_EX)
         if stored_command(summary, algorithm, env_id, seed):
             return "another campaign has done it meanwhile, with other --runs"
-        curve.parent.mkdir(parents=True, exist_ok=True)
-        with curve.open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["step", "return"])
-            writer.writerows((step, round(value, 2)) for step, value in episodes)
+        write_curve(curve, thin(episodes, args.total_timesteps))
         writer = csv.DictWriter(summary, row.keys(), lineterminator="\n")
         if summary.tell() == 0:
             writer.writeheader()

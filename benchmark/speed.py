@@ -4,6 +4,7 @@
     python benchmark/speed.py atari --peer-python PATH/TO/A/PYTHON/WITH/SB3    # Pong, all cores
     python benchmark/speed.py scaling                                          # environments, width, batch, cores
     python benchmark/speed.py time                                             # where the time goes
+    python benchmark/speed.py torchrun                                         # one process and two
 
 A speed is taken from the end of the first iteration to the end of the last, so that start-up and compilation do not
 count; start-up is from the start of the process to the end of the first iteration; peak memory is the process's own.
@@ -37,6 +38,7 @@ CLIP, KL = (
 ATARI = ["ppo_atari.py", "--env-id", "ALE/Pong-v5", "--eval-episodes", "1"]
 HUMANOID = ["ppo_clip_continuous.py", "--env-id", "Humanoid-v5", "--eval-episodes", "1"]
 ONE_CORE = ["taskset", "-c", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
 # What each section times: one of our command lines, (algorithm, environments) for a peer, or ("limit", algorithm) for
 # what no program can leave out.
 SECTIONS = {
@@ -73,13 +75,19 @@ SECTIONS = {
         "Humanoid --compile": [*ONE_CORE, *HUMANOID, "--compile"],
     },
     "time": {case: case for case in ("trpo", "trpo --compile", "ppo_clip", "ppo_clip --compile", "ppo_kl --compile")},
+    "torchrun": {
+        f"{env}, {' '.join([name, *options])}, {processes}":
+            [*launcher, f"{name}_continuous.py", "--env-id", f"{env}-v5", "--eval-episodes", "1", *options]
+        for env in ("HalfCheetah", "Humanoid") for name in ("trpo", "ppo_clip") for options in ([], ["--compile"])
+        for processes, launcher in (("1 process", []), ("2 processes", TORCHRUN))
+    },
 }  # fmt: skip
-STEPS = {"peers": 61_440, "atari": 20_480, "scaling": 40_960, "time": 61_440}
+STEPS = {"peers": 61_440, "atari": 20_480, "scaling": 40_960, "time": 61_440, "torchrun": 40_960}
 
 
 @dataclass
 class Args:
-    section: Literal["peers", "atari", "scaling", "time"]
+    section: Literal["peers", "atari", "scaling", "time", "torchrun"]
     """What to measure."""
     cases: tuple[str, ...] = ()
     """Only the cases whose name contains one of these."""

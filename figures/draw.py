@@ -30,7 +30,10 @@ import ppo_kl_continuous as kl  # noqa: E402
 import trpo_continuous as trpo  # noqa: E402
 
 COLORS = {"TRPO": "#009E73", "NPG": "#CC79A7", "PPO, clipped": "#0072B2", "PPO, adaptive KL": "#E69F00"}
-FIGURES = ("clipped_objective", "natural_gradient", "line_search", "conjugate_gradient", "kl_per_update")
+FIGURES = (
+    "minorise_maximise", "clipped_objective", "natural_gradient", "line_search", "conjugate_gradient", "kl_per_update",
+    "steered_rate",
+)  # fmt: skip
 
 
 @dataclass
@@ -47,6 +50,90 @@ class Args:
     """Where the pictures go."""
     film: Path | None = None
     """Instead: cheetah.gif, of the policy that ppo_clip_continuous.py has saved in this run directory."""
+
+
+# ---------------------------------------------------------------------------- minorise and maximise
+
+
+def small_task(theta: float, gamma: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """(J, discounted number of visits of each state, advantage [state, left or right]), all exact, of a policy with one
+    parameter: a Gaussian with mean theta and std 1 in both states, of which an action above 0 is "right".
+
+    Right pays 1 to the rested (state 0), costs the tired 2 (state 1), and leaves one tired. Left pays nothing and
+    leaves one rested. It begins rested. So J falls where the policy is so often tired that right costs more than it
+    pays; the surrogate, which counts the old policy's states, does not see that."""
+    right = float(Normal(0.0, 1.0).cdf(torch.tensor(theta, dtype=torch.float64)))
+    probabilities = np.array([1.0 - right, right])
+    rewards, follow, start = np.array([[0.0, 1.0], [0.0, -2.0]]), np.tile(probabilities, (2, 1)), np.array([1.0, 0.0])
+    values = np.linalg.solve(np.eye(2) - gamma * follow, rewards @ probabilities)
+    visits = np.linalg.solve(np.eye(2) - gamma * follow.T, start)
+    return float(start @ values), visits, rewards + gamma * values - values[:, None]
+
+
+def lower_bound(theta_old: float, thetas: np.ndarray, gamma: float) -> dict:
+    """The surrogate L (TRPO eq. 3) of the small task at each of thetas, and what it loses to become a bound, C max KL
+    (theorem 1 and eq. 9)."""
+    j_old, visits, advantage = small_task(theta_old, gamma)
+    mean = torch.full((10_001, 1), theta_old, dtype=torch.float64)
+    old = Independent(Normal(mean, 1.0), 1)
+    actions = old.base_dist.icdf((torch.arange(len(mean)).double()[:, None] + 0.5) / len(mean))  # evenly, not drawn
+    advantages = torch.tensor(visits @ advantage)[(actions[:, 0] > 0).long()]
+    c = 4.0 * np.abs(advantage).max() * gamma / (1.0 - gamma) ** 2
+    surrogate, price = [], []
+    for theta in thetas:
+        new = Independent(Normal(torch.full_like(mean, theta), 1.0), 1)
+        ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+        surrogate.append(j_old + float(trpo.surrogate_advantage(ratio, advantages)))
+        price.append(c * float(trpo.mean_kl(old, new)))  # the same KL in both states, so its mean is its maximum
+    return {"surrogate": np.array(surrogate), "bound": np.array(surrogate) - price, "c": c}
+
+
+def minorise_maximise(args: Args) -> dict:
+    """Return, surrogate and bound over the policy's one parameter, for a short and a long horizon; what steps they
+    allow, and TRPO's for δ = 0.01."""
+    data = {}
+    for gamma, start, low, high in ((0.2, -1.0, -1.5, 0.2), (0.9, -1.8, -2.6, 0.0)):
+        thetas = np.linspace(low, high, 86)
+        path = [start]
+        for _ in range(3):
+            fine = path[-1] + 0.2 * np.linspace(0.0, 1.0, 301) ** 2
+            path.append(float(fine[lower_bound(path[-1], fine, gamma)["bound"].argmax()]))
+        returns = np.array([small_task(theta, gamma)[0] for theta in thetas])
+        bounds = [lower_bound(theta, thetas, gamma) for theta in path]
+        natural = torch.ones(1)  # the gradient's sign: with one parameter there is no other direction, and H is 1
+        step = float(trpo.full_step(natural, natural, trpo.Args.max_kl))
+        data[gamma] = {
+            "thetas": thetas, "return": returns, "bounds": bounds, "path": np.array(path), "trpo": start + step,
+            "at": {theta: small_task(theta, gamma)[0] for theta in [*path, start + step]},
+        }  # fmt: skip
+    return data
+
+
+def draw_minorise_maximise(data: dict, plt, ink: str):
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.5))
+    for axis, (gamma, of_gamma) in zip(axes, data.items()):
+        thetas, path, at = of_gamma["thetas"], of_gamma["path"], of_gamma["at"]
+        first, *later = of_gamma["bounds"]
+        axis.plot(thetas, of_gamma["return"], color=ink, linewidth=2, label="return $J$")
+        axis.plot(thetas, first["surrogate"], "--", color=COLORS["PPO, clipped"], label="surrogate $L$")
+        axis.plot(thetas, first["bound"], color=COLORS["TRPO"], linewidth=2, label="lower bound $L - C\\,\\max$ KL")
+        if gamma == 0.2:
+            for other in later[:-1]:
+                axis.plot(thetas, other["bound"], color=COLORS["TRPO"], linewidth=1, alpha=0.5)
+            axis.plot(path[1:], [at[theta] for theta in path[1:]], "o", color=COLORS["TRPO"], markersize=5)
+        axis.plot(path[0], at[path[0]], "o", color="#D55E00", label="old policy")
+        if gamma == 0.9:
+            to = of_gamma["trpo"]
+            axis.plot(to, at[to], "s", color="#E69F00", label="TRPO's step, δ = 0.01")
+        low, high = of_gamma["return"].min(), of_gamma["return"].max()
+        axis.set_ylim(low - 0.35 * (high - low), high + 0.35 * (high - low))
+        step = path[1] - path[0]
+        beside = f", TRPO's {of_gamma['trpo'] - path[0]:.2g}" if gamma == 0.9 else ""
+        axis.set_title(f"γ = {gamma}: C = {first['c']:,.1f}, the bound's step is {step:.1g}{beside}", fontsize=9)
+        axis.set(xlabel="the policy's parameter θ", yticks=[])
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=5, frameon=False, fontsize=8)
+    return figure
 
 
 # ---------------------------------------------------------------------------- the clipped objective
@@ -73,6 +160,9 @@ def draw_clipped_objective(data: dict, plt, ink: str):
         for edge in (0.8, 1.2):
             axis.axvline(edge, color=ink, linewidth=0.6, alpha=0.5)
         axis.plot(1, float(sign), "o", color="#D55E00", label="start of the optimisation, $r = 1$")
+        flat, slope = ((1.6, 1.06), (0.28, 0.66)) if sign == "+1" else ((0.4, -0.94), (1.72, -1.34))
+        axis.text(*flat, "flat: no gradient", color=ink, fontsize=8, ha="center")
+        axis.text(*slope, "still pulled back", color=ink, fontsize=8, ha="center")
         axis.set(title=title, xlabel="ratio $r$", xticks=[0, 0.8, 1, 1.2, 2])
     axes[0].legend(frameon=False, loc="upper left", fontsize=8)
     return figure
@@ -313,38 +403,85 @@ def draw_conjugate_gradient(data: dict, plt, ink: str):
 # ---------------------------------------------------------------------------- real runs
 
 
-def kl_per_update(args: Args) -> dict:
-    """The mean KL of each update of a real training run of each algorithm, as the scripts log it."""
+def kl_per_update(args: Args, env_id: str = "InvertedPendulum-v5") -> dict:
+    """The mean KL of each update of a real training run of each algorithm, as the scripts log it, on a task where the
+    full step of NPG leaves the trust region now and then; how many steps TRPO shortened."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    bare = {"adapt_lr": False}  # what the objective does, without the learning rate that follows the KL
     runs = {"TRPO": (trpo, {}, "losses/kl"), "NPG": (trpo, {"line_search": False}, "losses/kl"),
-            "PPO, clipped": (clip, {}, "losses/approx_kl"), "PPO, adaptive KL": (kl, {}, "losses/kl")}  # fmt: skip
+            "PPO, clipped": (clip, bare, "losses/approx_kl"), "PPO, adaptive KL": (kl, bare, "losses/kl")}  # fmt: skip
     data = {"delta": trpo.Args.max_kl, "target": kl.Args.target_kl}
     for name, (script, own, tag) in runs.items():
         with tempfile.TemporaryDirectory() as folder:
-            common = {"env_id": args.env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
+            common = {"env_id": env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
             script.train(script.Args(**common, **own, run_dir=Path(folder)))
             events = EventAccumulator(folder, size_guidance={"scalars": 0})
             events.Reload()
             data[name] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
+            if name == "TRPO":
+                data["shortened"] = sum(event.value > 1 for event in events.Scalars("charts/line_search_steps"))
     return data
 
 
 def draw_kl_per_update(data: dict, plt, ink: str):
-    figure, axes = plt.subplots(1, 4, figsize=(8.4, 2.8))
-    notes = {"TRPO": "dotted: δ", "NPG": "dotted: δ", "PPO, clipped": "estimated", "PPO, adaptive KL": "dashed: target"}
+    figure, axes = plt.subplots(1, 4, figsize=(8.4, 3.0), sharey=True)
+    beyond = {name: int((data[name][:, 1] > data["delta"]).sum()) for name in COLORS}
+    updates = {name: len(data[name]) for name in COLORS}
+    notes = {
+        "TRPO": f"{beyond['TRPO']} of {updates['TRPO']} beyond δ\n({data['shortened']} steps shortened)",
+        "NPG": f"{beyond['NPG']} of {updates['NPG']} beyond δ\n(no line search)",
+        "PPO, clipped": "no δ, no target\n(KL estimated)",
+        "PPO, adaptive KL": f"target {data['target']}\n(dashed)",
+    }
     for axis, (name, color) in zip(axes, COLORS.items()):
         steps, divergence = data[name].T
-        axis.plot(steps / 1e3, divergence, ".", markersize=3, color=color)
-        # Two scales, of the scripts with a δ and of those without: on PPO's the other two are one flat line.
-        alike = [other for other in COLORS if ("PPO" in other) == ("PPO" in name)]
-        axis.set_ylim(0.0, 1.1 * max(data[other][:, 1].max() for other in alike))
+        axis.semilogy(steps / 1e3, divergence, ".", markersize=3, color=color)
+        if name in ("TRPO", "NPG"):
+            outside = divergence > data["delta"]
+            axis.plot(steps[outside] / 1e3, divergence[outside], "x", markersize=5, color="#D55E00")
+        axis.axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
         axis.set_title(f"{name}\n{notes[name]}", fontsize=9)
         axis.set_xlabel("thousand steps")
-    for axis in axes[:2]:
-        axis.axhline(data["delta"], color=ink, linewidth=0.8, linestyle=":")
     axes[3].axhline(data["target"], color=ink, linewidth=0.8, linestyle="--")
-    axes[0].set_ylabel("mean KL of an update")
+    everything = np.concatenate([data[name][:, 1] for name in COLORS])
+    axes[0].set_ylim(max(everything.min(), 1e-4) / 1.5, everything.max() * 1.5)
+    axes[0].set_ylabel(f"KL of an update; dotted: δ = {data['delta']}")
+    return figure
+
+
+def steered_rate(args: Args, env_ids: tuple[str, ...] = ("HalfCheetah-v5", "Humanoid-v5")) -> dict:
+    """Learning rate and KL of every iteration of the clipped script, with the rate on its straight line and steered."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = {}
+    for env_id in env_ids:
+        for steered in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                common = {"env_id": env_id, "total_timesteps": args.total_timesteps, "hidden_size": args.hidden_size}
+                clip.train(clip.Args(**common, adapt_lr=steered, run_dir=Path(folder)))
+                events = EventAccumulator(folder, size_guidance={"scalars": 0})
+                events.Reload()
+                tags = ("charts/learning_rate", "losses/approx_kl")
+                series = [[(event.step, event.value) for event in events.Scalars(tag)] for tag in tags]
+                data[env_id, steered] = dict(zip(tags, np.array(series)))
+    return data
+
+
+def draw_steered_rate(data: dict, plt, ink: str):
+    env_ids = list(dict.fromkeys(env_id for env_id, _ in data))
+    figure, axes = plt.subplots(2, len(env_ids), figsize=(8, 4.2), sharex=True, sharey="row")
+    for column, env_id in zip(axes.T, env_ids):
+        for steered, color, label in ((False, "#D55E00", "on its line"), (True, COLORS["PPO, clipped"], "steered")):
+            for axis, (tag, scale) in zip(column, (("charts/learning_rate", 1e4), ("losses/approx_kl", 1.0))):
+                steps, values = data[env_id, steered][tag].T
+                axis.plot(steps / 1e3, scale * values, color=color, linewidth=1.5, label=label)
+        column[1].axhspan(clip.Args.target_kl / 1.5, clip.Args.target_kl * 1.5, color=ink, alpha=0.15, linewidth=0)
+        column[0].set_title(env_id, fontsize=10)
+        column[1].set(yscale="log", xlabel="thousand steps")
+    axes[0, 0].set_ylabel("learning rate, $10^{-4}$")
+    axes[1, 0].set_ylabel("KL of an iteration\n(band: left as it is)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -13,6 +13,21 @@ import draw  # noqa: E402
 SMALL = {"env_id": "Hopper-v5", "total_timesteps": 4096, "hidden_size": 8}
 
 
+def test_the_bound_stays_below_the_return_and_its_steps_never_make_it_worse():
+    """TRPO, theorem 1 with eq. 9, on a task whose return, visits and advantages are known exactly."""
+    for gamma, data in draw.minorise_maximise(draw.Args()).items():
+        for start, bound in zip(data["path"], data["bounds"]):
+            assert (bound["bound"] <= data["return"] + 1e-3).all()
+            (touching,) = draw.lower_bound(start, [start], gamma)["bound"]
+            assert touching == pytest.approx(data["at"][start], abs=1e-3)
+        gains = np.diff([data["at"][theta] for theta in data["path"]])
+        assert (gains > 0).all() and data["at"][data["trpo"]] > data["at"][data["path"][0]]
+        surrogate = data["bounds"][0]["surrogate"]
+        assert surrogate[-1] > data["return"][-1] + 0.1  # no bound without its price
+        c = 4 * gamma / (1 - gamma) ** 2 * np.abs(draw.small_task(data["path"][0], gamma)[2]).max()
+        assert data["bounds"][0]["c"] == pytest.approx(c)
+
+
 def test_clipped_objective_is_the_papers_figure_1():
     data = draw.clipped_objective(draw.Args())
     assert data["clipped +1"].max() == pytest.approx(1.2) and data["clipped -1"].max() == pytest.approx(-0.8)

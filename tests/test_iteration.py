@@ -171,15 +171,28 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
             assert metrics[f"losses/{name}"] == pytest.approx(float(value.mean().detach()), rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("script", [clip, atari], ids=["clip", "atari"])
 @pytest.mark.parametrize("kl, epochs", [(0.02, 1), (0.01, 3)])
-def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(script, kl, epochs, monkeypatch):
-    agent, rollout, optimizer = learning(script)
-    calls, args = [], script.Args(target_kl=0.015, num_epochs=3, num_minibatches=4)
-    monkeypatch.setattr(script, "approximate_kl", lambda *_: kl)
-    monkeypatch.setattr(script, "compute_gradient", lambda *_: calls.append(1))
-    script.update(agent, optimizer, rollout, *script.estimate_advantages(agent, rollout, args), args)
+def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(kl, epochs, monkeypatch):
+    agent, rollout, optimizer = learning(atari)
+    calls, args = [], atari.Args(target_kl=0.015, num_epochs=3, num_minibatches=4)
+    monkeypatch.setattr(atari, "approximate_kl", lambda *_: kl)
+    monkeypatch.setattr(atari, "compute_gradient", lambda *_: calls.append(1))
+    atari.update(agent, optimizer, rollout, *atari.estimate_advantages(agent, rollout, args), args)
     assert len(calls) == 4 * epochs
+
+
+@pytest.mark.parametrize("script", [clip, kl_penalty], ids=["clip", "kl"])
+@pytest.mark.parametrize("adapt_lr", [True, False])
+def test_the_learning_rate_follows_the_kl_below_its_decay_and_across_a_resume(script, adapt_lr, tmp_path):
+    options = {"learning_rate": 3e-3, "adapt_lr": adapt_lr}
+    script.train(quick(script, tmp_path, 4, **options))
+    script.train(quick(script, None, 8, resume=tmp_path, **options))
+    logged, adapted = scalars(tmp_path), np.inf
+    for i, ((_, kl), (_, lr)) in enumerate(zip(logged["losses/approx_kl"], logged["charts/learning_rate"])):
+        ceiling = 3e-3 * (1 - i / (4 if i < 4 else 8))
+        assert lr == pytest.approx(min(adapted, ceiling) if adapt_lr else ceiling)
+        adapted = script.adapt_learning_rate(lr, kl, script.Args.target_kl * (1.5 if script is kl_penalty else 1.0))
+    assert i == 7 and lr < 1e-3
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=["clip", "kl", "atari"])

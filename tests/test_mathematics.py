@@ -162,6 +162,12 @@ def test_the_coefficient_doubles_above_and_halves_below_its_thresholds_and_comes
         assert kl_coef > 1.0 if back else kl_coef < 1.0
 
 
+def test_the_learning_rate_falls_above_and_rises_below_the_thresholds_and_stays_above_its_bound():
+    for kl, factor in (0.0, 1.5), (0.00666, 1.5), (0.01 / 1.5, 1.0), (0.01, 1.0), (0.015, 1.0), (0.01501, 1 / 1.5):
+        assert clip.adapt_learning_rate(3e-4, kl, 0.01) == pytest.approx(3e-4 * factor, rel=1e-12)
+    assert clip.adapt_learning_rate(1.2e-5, 1.0, 0.01) == 1e-5
+
+
 def test_at_the_old_policy_the_penalty_has_no_gradient_and_its_hessian_is_the_coefficient_times_the_fisher_matrix():
     torch.manual_seed(0)
     obs, advantages, theta = torch.randn(50, 2).double(), torch.randn(50).double(), torch.randn(6).double()

@@ -16,9 +16,11 @@ import ppo_kl_continuous
 import trpo_continuous
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmark"))
+sys.path += [str(ROOT / "benchmark"), str(ROOT / "docs")]
 
+import lines  # noqa: E402
 import peers  # noqa: E402
+import plot  # noqa: E402
 import run  # noqa: E402
 import speed  # noqa: E402
 import table1  # noqa: E402
@@ -54,7 +56,7 @@ def test_every_function_that_the_readme_names_exists():
 def test_every_flag_that_the_readme_names_exists():
     flags = set(re.findall(r"--([a-z][a-z0-9-]+)", " ".join(CODE)))
     fields = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
-    foreign = {"help", "logdir"}
+    foreign = {"help", "logdir", "cleanrl"}
     assert len(flags) > 15
     assert {flag.removeprefix("no-").replace("-", "_") for flag in flags - foreign} <= fields
 
@@ -71,17 +73,45 @@ def test_every_file_that_the_readme_names_exists():
 PAGES = ["README.md", "benchmark/table1.md", "benchmark/README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", lines.PAGES)
+def test_links_to_a_function_lead_to_its_lines(page):
+    """In the table "From the equation to the line" every function is such a link."""
+    text = (ROOT / page).read_text()
+    assert lines.with_lines(text, page.count("/")) == text, "run python docs/lines.py"
+    if page == "README.md":
+        table = text[text.index("| what | where in the papers | function |") : text.index("## Six departures")]
+        last_cells = [row.split(" | ")[-1] for row in table.strip().splitlines()[2:]]
+        assert len(last_cells) > 12 and all(lines.LINK.search(cell) for cell in last_cells)
+        first, last = lines.places("trpo_continuous.py")["line_search"]
+        of_lines = (ROOT / "trpo_continuous.py").read_text().splitlines()[first - 1 : last]
+        assert of_lines[0] == "def line_search(" and of_lines[-1].startswith("    return Step(theta_old")
+
+
+def script_arguments(command):
+    """(name of one of SCRIPTS, its arguments) of a command line."""
+    words = shlex.split(command.split("#")[0])
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[script].removesuffix(".py"), [word for word in words[script + 1 :] if word != "--help"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmark/table1.md"])
 def test_every_command_parses(page):
     text = (ROOT / page).read_text()
     commands = [c for c in re.findall(r"(?:^    |`|&& )((?:\S*/)?python \w+\.py[^`\n]*)", text, re.M) if "..." not in c]
     commands += re.findall(r"uv run (\w+\.py[^`\n]*)", text)
-    commands = [shlex.split(command.split("#")[0]) for command in commands]
-    for command in commands:
-        script = next(i for i, word in enumerate(command) if word.endswith(".py"))
-        arguments = [word for word in command[script + 1 :] if word != "--help"]
-        tyro.cli(SCRIPTS[command[script].removesuffix(".py")].Args, args=arguments)
-    assert len(commands) >= (1 if page == "benchmark/table1.md" else 4)
+    for script, arguments in map(script_arguments, commands):
+        tyro.cli(SCRIPTS[script].Args, args=arguments)
+    assert len(commands) >= (4 if page == "README.md" else 1)
+
+
+def test_every_reported_command_parses():
+    """One of each algorithm that summary.csv has: the others differ in the task and the seed."""
+    commands = {algorithm: runs[0]["command"] for (algorithm, _), runs in plot.summary().items()}
+    for command in commands.values():
+        if "benchmark/" not in command:
+            script, arguments = script_arguments(command)
+            tyro.cli(SCRIPTS[script].Args, args=arguments)
+    assert len(commands) > 4
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -22,7 +22,8 @@ class Endless(gym.Env):
 
 
 class Held(Endless):
-    """Counts how many of it are open; `limit` may be at a time. `fault` happens at its 95th step, or at its start."""
+    """Counts how many of it are open; `limit` may be at a time. `fault` happens at its 95th step, or at its start; of
+    several processes only in the second."""
 
     opened, limit = 0, 2
 
@@ -37,9 +38,11 @@ class Held(Endless):
 
     def step(self, action):
         self.t += 1
-        fault = self.fault if self.t == 95 else None
+        fault = self.fault if self.t == 95 and os.environ.get("RANK", "1") == "1" else None
         for _ in range(2 if fault == "signals" else 0):  # the second one ends the run at once
             os.kill(os.getpid(), signal.SIGTERM)
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         obs, reward = np.full(1, np.inf if fault == "observation" else 0.0, np.float32), 1.0
         return obs, np.nan if fault == "reward" else reward, False, False, {}
 
@@ -83,7 +86,7 @@ class Odd(gym.Env):
 
 for env in (Endless, Held, Odd):
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=20)
-for fault in ("reward", "observation", "start", "signals"):
+for fault in ("reward", "observation", "start", "signals", "kill"):
     gym.register(f"Held-{fault}-v0", Held, max_episode_steps=20, kwargs={"fault": fault})
 gym.register("Counting-v0", Counting, max_episode_steps=7)
 gym.register("Limitless-v0", Endless)
