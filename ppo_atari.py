@@ -44,7 +44,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -185,10 +185,8 @@ def collect(
     steps = []
     last_obs = []
     episodes = []
-    if WORLD > 1:  # each draws its own actions, from the network of the first: unlike processors round differently
+    if WORLD > 1:  # each process draws its own actions
         torch.manual_seed(exchange(int(torch.randint(2**62, ())))[0] + RANK)
-        for tensor in agent.state_dict().values():
-            distributed.broadcast(tensor, 0)
     # The outermost autocast keeps the weights' bfloat16 copies: this one makes them once a rollout, not once a step.
     with torch.autocast(device.type, enabled=False):
         for t in range(num_steps):
@@ -586,11 +584,13 @@ class Run:
         if self.own_signal and WORLD == 1:  # asked twice: at once, with the last checkpoint; torchrun always does
             sys.exit(128 + number)
         self.own_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
+        if WORLD == 1:
+            self.stop_signal = number
 
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
-        shares, signals = zip(*exchange((episodes, self.own_signal)))
-        episodes, self.stop_signal = sorted(sum(shares, [])), max(signals)  # all processes stop where one is asked to
+        if WORLD > 1:
+            episodes = self.agree(episodes)
         if RANK > 0:
             return
         start_time, start_step = self.start
@@ -609,6 +609,16 @@ class Run:
         if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
+    def agree(self, episodes: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+        """The episodes of all processes, which go on with the parameters of the first, as unlike processors round
+        differently, and stop where one is asked to."""
+        agent = self.parts["agent"]
+        state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
+        shares, signals, states = zip(*exchange((episodes, self.own_signal, state)))
+        agent.load_state_dict(states[0])
+        self.stop_signal = max(signals)
+        return sorted(sum(shares, []))
+
     def save(self) -> None:
         self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
         save_checkpoint(self.run_dir, self.args, self.global_step, list(self.recent_returns), **self.parts)
@@ -622,19 +632,20 @@ class Run:
         if self.recent_returns:
             mean, std = np.mean(self.recent_returns), np.std(self.recent_returns)
             print(f"training: {mean:.1f} ± {std:.1f} over the last {len(self.recent_returns)} episodes")
-        if stop_signal := self.stop_signal or self.own_signal:  # which may have come after the last iteration
+        if self.stop_signal:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
-            sys.exit(128 + stop_signal)
+            sys.exit(128 + self.stop_signal)
 
 
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    with suppress(RuntimeError):
-        if WORLD > 1:
+    if WORLD > 1:
+        try:
             distributed.all_gather_object(shares, share)
-        return shares
-    sys.exit(1)  # another process has ended, and said why
+        except RuntimeError:  # another process has ended, and said why
+            sys.exit(1)
+    return shares
 
 
 def make_run_dir(args: Args) -> Path:

