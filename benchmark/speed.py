@@ -175,7 +175,7 @@ def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
         return wrapped
 
     SyncVectorEnv.step = timed("environment", SyncVectorEnv.step)
-    script.Agent.distribution = timed("network", script.Agent.distribution)
+    script.Agent.mean_and_std = timed("network", script.Agent.mean_and_std)
     script.Agent.value = timed("network", script.Agent.value)
     script.Agent.sample = timed("network", script.Agent.sample)
     Independent.log_prob = timed("network", Independent.log_prob)

@@ -108,19 +108,23 @@ def test_the_unit_of_the_rewards_does_not_matter_and_constant_returns_stay_finit
 
 
 @each
-def test_a_rollout_draws_what_the_agents_distribution_draws_and_asks_that_of_a_subclass(script):
-    class Coin(script.Agent):
-        def distribution(self, obs):
-            return torch.distributions.Independent(torch.distributions.Bernoulli(torch.full((len(obs), 2), 0.5)), 1)
-
+def test_a_sample_is_one_of_the_agents_distribution_also_where_another_has_taken_its_place(script, monkeypatch):
     obs, spaces = torch.randn(7, 3), (gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-2, 2, (2,)))
-    for agent in script.Agent(*spaces), Coin(*spaces):
-        drawn = []
-        for draw in agent.sample, lambda obs, agent=agent: agent.distribution(obs).sample():
-            torch.manual_seed(5)
-            drawn.append(draw(obs))
-        assert drawn[0].equal(drawn[1]) and drawn[0].shape == (7, 2)
-    assert set(drawn[0].flatten().tolist()) == {0.0, 1.0}
+    agent, other = script.Agent(*spaces), script.Agent(*spaces)
+    drawn = []
+    for draw in agent.sample, lambda obs: agent.distribution(obs).sample():
+        torch.manual_seed(5)
+        drawn.append(draw(obs))
+    assert drawn[0].equal(drawn[1]) and drawn[0].shape == (7, 2)
+
+    def ones(*_):
+        return torch.distributions.Independent(torch.distributions.Bernoulli(torch.ones(7, 2)), 1)
+
+    other.distribution = ones
+    subclass = type("Subclass", (script.Agent,), {"distribution": ones})
+    assert (other.sample(obs) == 1.0).all() and (subclass(*spaces).sample(obs) == 1.0).all()
+    monkeypatch.setattr(script.Agent, "distribution", ones)
+    assert (agent.sample(obs) == 1.0).all()
 
 
 @each
