@@ -184,7 +184,7 @@ def collect(
         torch.manual_seed(int(torch.randint(2**62, ())) + RANK)
     for _ in range(num_steps):
         check_finite("an observation", obs, global_step)
-        action = agent.sample(torch.from_numpy(obs).to(device)).cpu()
+        action = agent.distribution(torch.from_numpy(obs).to(device)).sample().cpu()
         # The environment gets the action within its bounds. The rollout keeps it as sampled, for its log-probability.
         bounded_action = action.clamp(low, high).reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, infos = envs.step(bounded_action.numpy())
@@ -239,7 +239,6 @@ def update(
         old_log_probs = agent.distribution(obs).log_prob(actions)  # of π_old, which the agent still is
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
-    parameters = list(agent.parameters())  # once, as to gather them for every minibatch takes its time
 
     for epoch in range(args.num_epochs):
         if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
@@ -247,9 +246,8 @@ def update(
         order = torch.randperm(len(obs), device=obs.device)
         batch = (obs, actions, old_log_probs, advantages, returns)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
-            for parameter in parameters:
-                parameter.grad = None
-            gradient(agent, parameters, *minibatch, args)
+            optimizer.zero_grad()
+            gradient(agent, *minibatch, args)
             optimizer.step()
 
     with torch.no_grad():
@@ -268,12 +266,11 @@ def update(
 
 
 def compute_gradient(
-    agent: Agent, parameters: list[nn.Parameter], obs: Tensor, actions: Tensor, old_log_probs: Tensor,
-    advantages: Tensor, returns: Tensor, args: Args,
-) -> None:  # fmt: skip
+    agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Tensor, advantages: Tensor, returns: Tensor, args: Args
+) -> None:
     """Put the gradient of -L^{CLIP+VF+S} (eq. 9) over one minibatch into the parameters' `.grad`, its norm clipped.
 
-    parameters are all of the agent's, obs [batch, obs_size], actions [batch, action_size], the others [batch].
+    obs [batch, obs_size], actions [batch, action_size], the others [batch].
     """
     distribution = agent.distribution(obs)
     ratio = (distribution.log_prob(actions) - old_log_probs).exp()  # r_t(θ), eq. 6
@@ -283,7 +280,7 @@ def compute_gradient(
     if args.entropy_coef > 0.0:
         loss = loss - args.entropy_coef * distribution.entropy().mean()  # S
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
 
 
 # ---------------------------------------------------------------------------- mathematics
@@ -373,22 +370,11 @@ class Agent(nn.Module):
         """obs [..., obs_size] in standard deviations from the mean, within ± the limit, in the networks' precision."""
         return self.obs_stats.normalize(obs).clamp_(-self.obs_limit, self.obs_limit).to(self.actor_log_std.dtype)
 
-    def mean_and_std(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Means [batch, action_size] and standard deviations [action_size] of the actions for obs [batch, obs_size]."""
-        return self.actor_mean(self.normalize(obs)), self.actor_log_std.exp()
-
     def distribution(self, obs: Tensor) -> Distribution:
         """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
-        mean, std = self.mean_and_std(obs)
+        mean = self.actor_mean(self.normalize(obs))
         # Without PyTorch's checks of the arguments, which cost more than the arithmetic.
-        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
-
-    def sample(self, obs: Tensor, ours=distribution) -> Tensor:
-        """Actions [batch, action_size] from π(·|obs): those of `distribution(obs).sample()`, bit for bit, at two thirds
-        of the cost. Whoever edits `distribution` edits this too."""
-        if getattr(self.distribution, "__func__", None) is not ours:  # a subclass, say, has a policy of its own
-            return self.distribution(obs).sample()
-        return torch.normal(*self.mean_and_std(obs))
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def value(self, obs: Tensor) -> Tensor:
         """V(obs), [...], in units of scaled reward, for obs [..., obs_size]."""

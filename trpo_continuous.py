@@ -197,7 +197,7 @@ def collect(
         torch.manual_seed(int(torch.randint(2**62, ())) + RANK)
     for _ in range(num_steps):
         check_finite("an observation", obs, global_step)
-        action = agent.sample(torch.from_numpy(obs).to(device)).cpu()
+        action = agent.distribution(torch.from_numpy(obs).to(device)).sample().cpu()
         # The environment gets the action within its bounds. The rollout keeps it as sampled, for its log-probability.
         bounded_action = action.clamp(low, high).reshape(envs.action_space.shape)
         next_obs, reward, terminated, truncated, infos = envs.step(bounded_action.numpy())
@@ -320,15 +320,13 @@ def fit_critic(
     with torch.no_grad():
         explained_variance = 1.0 - (returns - agent.value(obs)).var() / (returns.var() + 1e-8)
     gradient = compiled(compute_gradient) if args.compile else compute_gradient
-    parameters = list(agent.critic.parameters())  # once, as to gather them for every minibatch takes its time
 
     for epoch in range(args.critic_epochs):
         if epoch > 0 and args.recompute_advantages:  # because the critic has learned in the meantime
             _, returns = estimate_advantages(agent, rollout, args)
         order = torch.randperm(len(obs), device=obs.device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in (obs, returns))):
-            for parameter in parameters:
-                parameter.grad = None
+            optimizer.zero_grad()
             gradient(agent, *minibatch)
             optimizer.step()
 
@@ -539,22 +537,11 @@ class Agent(nn.Module):
         """obs [..., obs_size] in standard deviations from the mean, within ± the limit, in the networks' precision."""
         return self.obs_stats.normalize(obs).clamp_(-self.obs_limit, self.obs_limit).to(self.actor_log_std.dtype)
 
-    def mean_and_std(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Means [batch, action_size] and standard deviations [action_size] of the actions for obs [batch, obs_size]."""
-        return self.actor_mean(self.normalize(obs)), self.actor_log_std.exp()
-
     def distribution(self, obs: Tensor) -> Distribution:
         """π(·|obs): a Gaussian over one action [action_size] for each row of obs [batch, obs_size]."""
-        mean, std = self.mean_and_std(obs)
+        mean = self.actor_mean(self.normalize(obs))
         # Without PyTorch's checks of the arguments, which cost more than the arithmetic.
-        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
-
-    def sample(self, obs: Tensor, ours=distribution) -> Tensor:
-        """Actions [batch, action_size] from π(·|obs): those of `distribution(obs).sample()`, bit for bit, at two thirds
-        of the cost. Whoever edits `distribution` edits this too."""
-        if getattr(self.distribution, "__func__", None) is not ours:  # a subclass, say, has a policy of its own
-            return self.distribution(obs).sample()
-        return torch.normal(*self.mean_and_std(obs))
+        return Independent(Normal(mean, self.actor_log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def value(self, obs: Tensor) -> Tensor:
         """V(obs), [...], in units of scaled reward, for obs [..., obs_size]."""

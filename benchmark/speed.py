@@ -175,9 +175,9 @@ def run_timed(case: str, total_timesteps: int) -> dict[str, float]:
         return wrapped
 
     SyncVectorEnv.step = timed("environment", SyncVectorEnv.step)
-    script.Agent.mean_and_std = timed("network", script.Agent.mean_and_std)
+    script.Agent.distribution = timed("network", script.Agent.distribution)
     script.Agent.value = timed("network", script.Agent.value)
-    script.Agent.sample = timed("network", script.Agent.sample)
+    Independent.sample = timed("network", Independent.sample)
     Independent.log_prob = timed("network", Independent.log_prob)
     torch.optim.Adam.step = timed("optimizer", torch.optim.Adam.step)
     script.compute_gae = timed("advantages", script.compute_gae)

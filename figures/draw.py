@@ -236,7 +236,7 @@ def iterate(algorithm: str, start: tuple[float, float], iterations: int, delta: 
             for _ in range(args.num_epochs):
                 for rows in torch.randperm(len(obs)).split(64):
                     optimizer.zero_grad()
-                    script.compute_gradient(agent, parameters, *(x[rows] for x in samples), args)
+                    script.compute_gradient(agent, *(x[rows] for x in samples), args)
                     optimizer.step()
         if script is kl:
             with torch.no_grad():

@@ -131,8 +131,7 @@ def test_every_epoch_sees_each_sample_once_beside_its_own_old_policy(script, rec
         if len(seen) in (0, 4):  # what the critic of this epoch's beginning says
             values = {"values": agent.value(obs).view(16, 2)} if script is atari and seen else {}
             estimates.append(script.estimate_advantages(agent, rollout._replace(**values), args))
-        first = 1 if script in (clip, kl_penalty) else 0  # behind the agent's parameters
-        seen.append(minibatch if script is trpo else minibatch[first:-1])
+        seen.append(minibatch if script is trpo else minibatch[:-1])
         for p in parameters:
             p.grad = torch.ones_like(p) + (0.0 if p.grad is None else p.grad)
 
@@ -210,7 +209,6 @@ def test_the_gradient_is_that_of_equation_9_and_its_norm_is_bounded(script):
     options = {"value_coef": 0.7, "entropy_coef": 0.3}
     new, ratio = agent.distribution(obs), (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()
     minibatch = [obs, actions, old_log_probs, advantages, returns]
-    parameters = list(agent.parameters())
     if script is kl_penalty:
         agent.kl_coef.fill_(5.0)
         minibatch[3:3] = [old.mean, old.stddev]
@@ -220,13 +218,12 @@ def test_the_gradient_is_that_of_equation_9_and_its_norm_is_bounded(script):
         assert ((ratio - 1.0).abs() > 0.05).any()
         objective = torch.min(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages).mean()
     loss = -objective + 0.7 * ((agent.value(obs) - returns) ** 2).mean() - 0.3 * new.entropy().mean()
-    expected = torch.autograd.grad(loss, parameters)
+    expected = torch.autograd.grad(loss, list(agent.parameters()))
     norm = torch.cat([x.flatten() for x in expected]).norm()
     for bound, scale in (1e9, 1.0), (0.01, 0.01 / norm):
         agent.zero_grad()
-        given = minibatch if script is atari else [parameters, *minibatch]
-        script.compute_gradient(agent, *given, script.Args(max_grad_norm=bound, **options))
-        for parameter, right in zip(parameters, expected):
+        script.compute_gradient(agent, *minibatch, script.Args(max_grad_norm=bound, **options))
+        for parameter, right in zip(agent.parameters(), expected):
             torch.testing.assert_close(parameter.grad, scale * right, rtol=1e-3, atol=1e-6)
 
 

@@ -108,26 +108,6 @@ def test_the_unit_of_the_rewards_does_not_matter_and_constant_returns_stay_finit
 
 
 @each
-def test_a_sample_is_one_of_the_agents_distribution_also_where_another_has_taken_its_place(script, monkeypatch):
-    obs, spaces = torch.randn(7, 3), (gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-2, 2, (2,)))
-    agent, other = script.Agent(*spaces), script.Agent(*spaces)
-    drawn = []
-    for draw in agent.sample, lambda obs: agent.distribution(obs).sample():
-        torch.manual_seed(5)
-        drawn.append(draw(obs))
-    assert drawn[0].equal(drawn[1]) and drawn[0].shape == (7, 2)
-
-    def ones(*_):
-        return torch.distributions.Independent(torch.distributions.Bernoulli(torch.ones(7, 2)), 1)
-
-    other.distribution = ones
-    subclass = type("Subclass", (script.Agent,), {"distribution": ones})
-    assert (other.sample(obs) == 1.0).all() and (subclass(*spaces).sample(obs) == 1.0).all()
-    monkeypatch.setattr(script.Agent, "distribution", ones)
-    assert (agent.sample(obs) == 1.0).all()
-
-
-@each
 def test_the_agent_keeps_its_contract_and_starts_with_orthogonal_layers(script):
     agent = script.Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-2, 2, (2,)))
     distribution = agent.distribution(torch.randn(7, 3))
