@@ -20,7 +20,7 @@ Schulman et al. 2016, arXiv 1506.02438.
 
 The group "beyond the paper" in `Args` holds what later work added. Three of its defaults are unusual: advantages are
 estimated anew before every epoch, they are not normalised, and the learning rate falls where the policy moves too far;
-benchmark/README.md shows what each does. This command takes the whole group away, and steps one environment as the
+docs/notes.md tells what each does. This command takes the whole group away, and steps one environment as the
 paper did:
 
     python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \

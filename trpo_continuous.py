@@ -13,9 +13,9 @@ divergence from the old one is at most `max_kl`.
   a given KL lies along H⁻¹g, the natural gradient.
 - Why conjugate gradient: H has as many rows as the policy has parameters. Conjugate gradient solves H x = g with
   nothing but products H v, each about as cheap as two gradients; H is never formed.
-- Why a line search: the linear and the quadratic model are only models. The step is shortened until the true surrogate
-  rises and the true KL keeps its bound; without it (`--no-line-search`) this is NPG. (Kakade's step size is a
-  constant; here `max_kl` gives it.)
+- Why a line search: the linear and the quadratic model are only models. The step is shortened until the measured
+  surrogate rises and the measured KL keeps its bound; without it (`--no-line-search`) this is NPG. (Kakade's step size
+  is a constant; here `max_kl` gives it.)
 
 `train` is the practical algorithm of the paper's section 6, in six steps of our numbering. Below it come one iteration,
 the mathematics, the networks, the environments, and last the bookkeeping, which is not TRPO. Equation numbers are those
@@ -101,12 +101,12 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     learning_rate: float = 1e-3  # step size of Adam [OpenAI Baselines, Tianshou]
     anneal_lr: bool = True  # let it fall linearly to 0 over the run, as in the PPO scripts
     critic_epochs: int = 10  # passes over the batch in one iteration [sb3-contrib]
-    num_minibatches: int = 16  # gradient steps per pass, a divisor of num_envs * num_steps [benchmark/README.md]
+    num_minibatches: int = 16  # gradient steps per pass, a divisor of num_envs * num_steps [docs/notes.md]
     recompute_advantages: bool = False  # estimate its targets anew before every pass [arXiv 2006.05990, sec. 3.5]
 
     # beyond the paper
     init_log_std: float = -0.5  # log of the actions' std at the start: 0.61 [arXiv 2006.05990, sec. 3.2: about 0.5]
-    min_log_std: float = -2.0  # its floor: the trust region lets a narrow policy hardly move [benchmark/README.md]
+    min_log_std: float = -2.0  # its floor: the trust region lets a narrow policy hardly move [docs/notes.md]
     cg_damping: float = 0.1  # added to the diagonal of H, which samples leave singular [OpenAI Baselines]
     max_step_size: float | None = None  # take at most this many times the natural gradient; None: no limit [ACKTR]
     center_advantages: bool = True  # subtract the batch's mean from them [OpenAI Baselines]
@@ -401,7 +401,7 @@ def mean_kl(old: Distribution, new: Distribution) -> Tensor:
 
 def flat_gradient(outputs: Tensor, parameters: list[nn.Parameter], **options) -> Tensor:
     """Gradient of a scalar with respect to all the parameters, as one vector in their order, 0 for those that it
-    does not use; of a tensor, with grad_outputs=u, the product Jᵀu with its Jacobian J."""
+    does not use; of a tensor, with grad_outputs=u, the product Dᵀu with its Jacobian D."""
     gradients = torch.autograd.grad(outputs, parameters, materialize_grads=True, **options)
     return torch.cat([g.reshape(-1) for g in gradients])
 
@@ -411,10 +411,10 @@ def fisher_vector_product(
 ) -> Callable[[Tensor], Tensor]:
     """The function v -> (H + damping I) v, where H is the Hessian of the mean KL at θ_old, the Fisher matrix.
 
-    H = Jᵀ M J (app. C.1): J is the Jacobian of what the network says, mean and standard deviation of each state's
+    H = Dᵀ M D (app. C.1): D is the Jacobian of what the network says, mean and standard deviation of each state's
     Gaussian, with respect to θ; M is the Hessian of the Gaussian KL in these two, which is diagonal and known. (The
     network's own second derivatives do not appear: at θ_old the slope of the KL, their factor, is 0.) Automatic
-    differentiation gives products with Jᵀ; J v is the derivative of vᵀ(Jᵀu) with respect to u, which need not have any
+    differentiation gives products with Dᵀ; D v is the derivative of vᵀ(Dᵀu) with respect to u, which need not have any
     particular value. So no n x n matrix is ever formed. `policy` are the distributions of a batch of states, still
     attached to their graph; v and the product are [number of parameters].
     """
@@ -422,10 +422,10 @@ def fisher_vector_product(
     variance = policy.variance.detach()
     metric = torch.stack([1.0 / variance, 2.0 / variance]) / variance[..., 0].numel()  # M, and the mean over the batch
     u = torch.zeros_like(outputs, requires_grad=True)
-    pullback = flat_gradient(outputs, parameters, grad_outputs=u, create_graph=True)  # Jᵀu, linear in u
+    pullback = flat_gradient(outputs, parameters, grad_outputs=u, create_graph=True)  # Dᵀu, linear in u
 
     def product(v: Tensor) -> Tensor:
-        (pushed,) = torch.autograd.grad(pullback, u, v, retain_graph=True)  # d(vᵀJᵀu)/du = J v
+        (pushed,) = torch.autograd.grad(pullback, u, v, retain_graph=True)  # d(vᵀDᵀu)/du = D v
         return flat_gradient(outputs, parameters, grad_outputs=metric * pushed, retain_graph=True) + damping * v
 
     return product
@@ -470,7 +470,7 @@ def full_step(x: Tensor, hessian_x: Tensor, max_kl: float, max_step_size: float 
 
 
 def keep_log_std(step: Tensor, agent: Agent, min_log_std: float) -> Tensor:
-    """The step, cut off where it would take a log standard deviation below min_log_std (benchmark/README.md). One that
+    """The step, cut off where it would take a log standard deviation below min_log_std (docs/notes.md). One that
     is below it already, as after a resume with a higher floor, is not pushed up."""
     floors = []
     for parameter in agent.actor_parameters():
