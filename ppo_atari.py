@@ -555,7 +555,7 @@ class Run:
         self.parts = parts
         self.global_step = 0
         self.recent_returns = deque(maxlen=100)
-        self.own_signal = self.stop_signal = 0
+        self.own_signal = self.stop_signal = 0  # the one that reached this process, and the one that counts for all
         if WORLD > 1:  # now that all have accepted the arguments, the first process may write, and it alone
             distributed.init_process_group()
             opened.callback(distributed.destroy_process_group)

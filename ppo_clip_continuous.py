@@ -20,8 +20,7 @@ Schulman et al. 2016, arXiv 1506.02438.
 
 The group "beyond the paper" in `Args` holds what later work added. Three of its defaults are unusual: advantages are
 estimated anew before every epoch, they are not normalised, and the learning rate falls where the policy moves too far;
-docs/notes.md tells what each does. This command takes the whole group away, and steps one environment as the
-paper did:
+docs/notes.md tells what each does. This command takes the whole group away, and steps one environment as in the paper:
 
     python ppo_clip_continuous.py --num-envs 1 --num-steps 2048 --init-log-std 0 --no-anneal-lr --max-grad-norm 1e9 \
         --no-recompute-advantages --no-normalize-observations --no-scale-rewards --no-adapt-lr
@@ -336,9 +335,9 @@ def approximate_kl(agent: Agent, obs: Tensor, actions: Tensor, old_log_probs: Te
 def adapt_learning_rate(learning_rate: float, kl: float, target_kl: float) -> float:
     """Adam's step size for the next iteration, from the mean KL that this one has moved the policy by.
 
-    The paper steers it so for its humanoids (table 4), but does not say how. Here too far, kl > 1.5 target_kl, divides
-    it by 1.5, and too little, kl < target_kl / 1.5, multiplies it by as much: the thresholds of the penalty (sec. 4),
-    the factor of OpenAI Baselines' ACKTR. Below 1e-5 nothing would be learned any more.
+    Too far, kl > 1.5 target_kl: it is divided by 1.5; too little, kl < target_kl / 1.5: multiplied by it. The paper
+    adjusted it to a target KL for its humanoids (table 4), without saying how: the thresholds are those of the penalty
+    (sec. 4), the factor is that of ACKTR in OpenAI Baselines. Below 1e-5 nothing would be learned any more.
     """
     if kl > 1.5 * target_kl:
         learning_rate = learning_rate / 1.5
@@ -568,7 +567,7 @@ class Run:
         self.parts = parts
         self.global_step = 0
         self.recent_returns = deque(maxlen=100)
-        self.own_signal = self.stop_signal = 0
+        self.own_signal = self.stop_signal = 0  # the one that reached this process, and the one that counts for all
         if WORLD > 1:  # now that all have accepted the arguments, the first process may write, and it alone
             distributed.init_process_group()
             opened.callback(distributed.destroy_process_group)
