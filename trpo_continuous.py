@@ -107,7 +107,7 @@ class Args:  # the comment behind a field is its help text, in brackets where th
     # beyond the paper
     init_log_std: float = -0.5  # log of the actions' std at the start: 0.61 [arXiv 2006.05990, sec. 3.2: about 0.5]
     min_log_std: float = -2.0  # its floor: the trust region lets a narrow policy hardly move [docs/notes.md]
-    cg_damping: float = 0.1  # added to the diagonal of H, which samples leave singular [OpenAI Baselines]
+    cg_damping: float = 3.0  # added to the diagonal of H, or a step learns its batch by heart [docs/notes.md]
     max_step_size: float | None = None  # take at most this many times the natural gradient; None: no limit [ACKTR]
     center_advantages: bool = True  # subtract the batch's mean from them [OpenAI Baselines]
     normalize_advantages: bool = True  # divide them by their std; matters with max_step_size only [OpenAI Baselines]
@@ -258,9 +258,10 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
     g = flat_gradient(surrogate_old, parameters)
     hessian = fisher_vector_product(agent.distribution(obs[:: args.fisher_subsample]), parameters, args.cg_damping)
 
-    # Step 4: conjugate gradient for H x = g.
+    # Step 4: conjugate gradient for (H + damping I) x = g.
     x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
-    hessian_x = hessian(x)
+    damped_hessian_x = hessian(x)
+    hessian_x = damped_hessian_x - args.cg_damping * x
 
     # Step 5: the full step Δ, to the edge of the modelled trust region. It takes no log-std below its floor.
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
@@ -302,7 +303,7 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
             "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # from the actions taken; above kl: overfitting
             "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
             "charts/line_search_steps": result.tries,
-            "charts/cg_residual": ((g - hessian_x).norm() / (g.norm() + 1e-12)).nan_to_num(1.0, 1.0),  # relative
+            "charts/cg_residual": ((g - damped_hessian_x).norm() / (g.norm() + 1e-12)).nan_to_num(1.0, 1.0),  # relative
             "charts/step_norm": taken.norm(),
             "charts/skipped_updates": not result.accepted,
         }
@@ -462,7 +463,7 @@ def conjugate_gradient(
 def full_step(x: Tensor, hessian_x: Tensor, max_kl: float, max_step_size: float | None = None) -> Tensor:
     """Δ = sqrt(2δ / xᵀHx) x, which reaches the edge of the quadratic model's trust region (app. C), or
     max_step_size · x where that is shorter (ACKTR, arXiv 1708.05144); not finite where xᵀHx is negative, nor where it
-    is 0 without a max_step_size. Of a damped H, as here, xᵀHx is larger, and the step ends somewhat inside."""
+    is 0 without a max_step_size. H is the one without damping, which belongs to the direction x alone."""
     step_size = (2.0 * max_kl / (x @ hessian_x)).sqrt()
     if max_step_size is not None:
         step_size = step_size.clamp(max=max_step_size)

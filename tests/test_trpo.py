@@ -187,19 +187,21 @@ def test_without_line_search_the_parameters_move_by_exactly_the_full_step(monkey
     assert metrics["charts/skipped_updates"] == 0.0 and theta_of(agent).equal(theta + steps[0])
 
 
-def test_the_update_solves_for_the_damped_curvature_of_the_subsample(monkeypatch):
-    (agent, rollout, advantages), calls, limits = learnable_batch(), [], []
+def test_the_update_solves_with_the_damped_curvature_of_the_subsample_and_measures_with_it_undamped(monkeypatch):
+    (agent, rollout, advantages), calls, solved = learnable_batch(), [], []
     old, _, _ = learnable_batch()
     full_step, solver = trpo.full_step, trpo.conjugate_gradient
     subsample = old.distribution(rollout.obs.flatten(0, 1)[::4])
-    hessian = trpo.fisher_vector_product(subsample, old.actor_parameters(), 0.5)
+    hessian = trpo.fisher_vector_product(subsample, old.actor_parameters(), 0.0)
     monkeypatch.setattr(trpo, "full_step", lambda *x: calls.append(x) or full_step(*x))
-    monkeypatch.setattr(trpo, "conjugate_gradient", lambda matvec, g, *x: limits.append(x) or solver(matvec, g, *x))
+    monkeypatch.setattr(trpo, "conjugate_gradient", lambda *x: solved.append(x) or solver(*x))
     options = {"cg_iterations": 7, "cg_residual_tolerance": 1e-3, "max_kl": 0.02, "max_step_size": 0.3}
     trpo.update(agent, rollout, advantages, trpo.Args(fisher_subsample=4, cg_damping=0.5, **options))
     ((x, hessian_x, *bounds),) = calls
-    torch.testing.assert_close(hessian_x, hessian(x))
-    assert bounds == [0.02, 0.3] and limits == [(7, 1e-3)]
+    ((matvec, _, *limits),) = solved
+    torch.testing.assert_close(hessian_x, hessian(x), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(matvec(x), hessian(x) + 0.5 * x)
+    assert bounds == [0.02, 0.3] and limits == [7, 1e-3]
 
 
 @pytest.mark.parametrize("line_search", [True, False])
