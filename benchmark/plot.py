@@ -344,7 +344,7 @@ def speed_table() -> str:
     peers = {"trpo": ("sb3-contrib TRPO", "", "the limit of TRPO"), "ppo_atari": ("SB3 PPO CnnPolicy", "", "")}
     for section, case in (
         ("peers", "trpo"), ("peers", "trpo --compile"), ("peers", "ppo_clip"), ("peers", "ppo_clip --compile"),
-        ("peers", "ppo_kl --compile"), ("atari", "ppo_atari"),
+        ("peers", "ppo_kl"), ("peers", "ppo_kl --compile"), ("atari", "ppo_atari"),
     ):  # fmt: skip
         cases, cells = measured(section), []
         speeds = np.array(cases[case]["steps_per_second"])
@@ -360,6 +360,17 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def torchrun_table() -> str:
+    """Median speed with one process and with two, and the ratio, with its smallest and largest of the repetitions."""
+    lines = ["| | 1 process, steps/s | 2 processes | times as fast |", "| --- | --- | --- | --- |"]
+    cases = measured("torchrun")
+    for case in [name.removesuffix(", 1 process") for name in cases if name.endswith(", 1 process")]:
+        one, two = (np.array(cases[f"{case}, {n}"]["steps_per_second"]) for n in ("1 process", "2 processes"))
+        ratio = f"{np.median(two / one):.2f} ({min(two / one):.2f} to {max(two / one):.2f})"
+        lines.append(f"| {case} | {np.median(one):,.0f} | {np.median(two):,.0f} | {ratio} |")
+    return "\n".join(lines)
+
+
 README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
     (README, "results"): lambda: f"{means_table()}\n\n{outcome()}\n\n{atari_line()}",
@@ -370,6 +381,7 @@ TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end o
     (PAGE, "aggregate"): aggregate_table,
     (PAGE, "peers"): peers_table,
     (PAGE, "speed"): speed_table,
+    (PAGE, "torchrun"): torchrun_table,
 }
 
 

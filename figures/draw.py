@@ -312,21 +312,18 @@ def real_batch(args: Args, iterations: int) -> tuple:
 
 
 def line_search(args: Args) -> dict:
-    """Surrogate and KL along the natural direction of a real batch, their models, and the tries of the line search.
-
-    With damping 0.01 and H from every 10th sample (as the paper, app. C.1), so that there is something to search: at
-    the script's defaults the full step hardly ever leaves the trust region."""
+    """Surrogate and KL along the step of a real batch, their models, and the tries of the line search."""
     agent, obs, actions, advantages = real_batch(args, max(1, args.total_timesteps // 10_000))
-    delta, damping = trpo.Args.max_kl, 0.01
+    delta, damping = trpo.Args.max_kl, trpo.Args.cg_damping
     parameters, old = agent.actor_parameters(), agent.distribution(obs)
     theta_old = parameters_to_vector(parameters).detach()
     old_log_probs = old.log_prob(actions).detach()
     ratio = (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()
     surrogate_old = trpo.surrogate_advantage(ratio, advantages)
     g = trpo.flat_gradient(surrogate_old, parameters)
-    product = trpo.fisher_vector_product(agent.distribution(obs[::10]), parameters, damping)
-    x = trpo.conjugate_gradient(product, g, 10, 1e-10)
-    step = trpo.full_step(x, product(x), delta)
+    product = trpo.fisher_vector_product(agent.distribution(obs), parameters, damping)
+    x = trpo.conjugate_gradient(product, g, trpo.Args.cg_iterations, trpo.Args.cg_residual_tolerance)
+    step = trpo.full_step(x, product(x) - damping * x, delta)
 
     @torch.no_grad()
     def evaluate_at(theta):
@@ -378,7 +375,7 @@ def conjugate_gradient(args: Args) -> dict:
     product = trpo.fisher_vector_product(agent.distribution(obs), parameters, damping=0.0)
     fisher = torch.stack([product(row) for row in torch.eye(len(g), dtype=torch.float64)])
     iterations, errors = np.arange(0, 41), {}
-    for damping in (0.1, 0.01, 0.001):
+    for damping in (trpo.Args.cg_damping, 0.1, 0.01):
         h = fisher + damping * torch.eye(len(g), dtype=torch.float64)
         exact = torch.linalg.solve(h, g)
         error = [trpo.conjugate_gradient(lambda v: h @ v, g, int(k), 0.0) - exact for k in iterations]  # noqa: B023
