@@ -18,11 +18,12 @@ from run import file_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-NAMES = {  # of PPO the runs before its learning rate followed the KL, until the campaign with it is whole
+NAMES = {  # of PPO the runs before its learning rate followed the KL, of NPG those before the damping of 3, until the
+    # campaigns with them are whole
     "ppo_clip_fixed": "PPO, clipped",
     "ppo_kl_fixed": "PPO, adaptive KL",
     "trpo": "TRPO",
-    "npg": "NPG",
+    "damped_npg": "NPG, damping 0.1",
 }
 STEERED = {"ppo_clip": "PPO, clipped, steered rate", "ppo_kl": "PPO, adaptive KL, steered rate"}
 TABLE_1 = {  # the rows of table1.py
@@ -54,8 +55,8 @@ OTHERS = {
     **{f"without_{key}": f"clipping, our defaults, but not {name}" for key, name in CHANGES.items()},
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
-    "trpo_no_floor": "TRPO, no floor",
-    "npg_no_floor": "NPG, no floor",
+    "damped_trpo_no_floor": "TRPO, damping 0.1, no floor",
+    "damped_npg_no_floor": "NPG, damping 0.1, no floor",
     "trpo_gamma": "TRPO, γ = 0.9999",
     "sb3_ppo": "stable-baselines3 PPO",
     "sb3_trpo": "sb3-contrib TRPO",
@@ -65,7 +66,7 @@ OTHERS = {
     "ppo_atari_float32": "PPO, Atari, in float32",
     "random": "random policy",
 }
-COLORS = {"ppo_clip_fixed": "#0072B2", "ppo_kl_fixed": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
+COLORS = {"ppo_clip_fixed": "#0072B2", "ppo_kl_fixed": "#E69F00", "trpo": "#009E73", "damped_npg": "#CC79A7"}
 # The best published figure with one setting for all tasks, 1M steps, of PPO, its KL penalty, TRPO and NPG. Those for
 # Ant are of v3 and v4, which do not observe contact forces.
 PUBLISHED = {
@@ -462,7 +463,7 @@ def draw() -> None:
             if not runs:
                 continue
             curves = np.array([curve(run, steps) for run in runs])
-            style = "--" if algorithm == "npg" else "-"  # in places it is TRPO's run
+            style = "--" if algorithm.endswith("npg") else "-"  # in places it is close to TRPO's
             axis.plot(steps / 1e6, curves.mean(0), style, color=COLORS[algorithm], label=name)
             if len(runs) > 2:
                 band = bootstrap((curves,), np.mean, axis=0, n_resamples=2000, method="percentile", rng=0)
