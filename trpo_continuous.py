@@ -252,16 +252,16 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
         old = agent.distribution(obs)  # π_old
         old_log_probs = old.log_prob(actions)
 
-    # Step 3: the gradient g of the surrogate, and H, the Hessian of the mean KL, as products H v only.
+    # Step 3: the gradient g of the surrogate, and H, the Hessian of the mean KL, as products (H + damping I) v only.
     ratio = (agent.distribution(obs).log_prob(actions) - old_log_probs).exp()  # 1 everywhere, but its gradient is not 0
     surrogate_old = surrogate_advantage(ratio, advantages)
     g = flat_gradient(surrogate_old, parameters)
-    hessian = fisher_vector_product(agent.distribution(obs[:: args.fisher_subsample]), parameters, args.cg_damping)
+    damped = fisher_vector_product(agent.distribution(obs[:: args.fisher_subsample]), parameters, args.cg_damping)
 
     # Step 4: conjugate gradient for (H + damping I) x = g.
-    x = conjugate_gradient(hessian, g, args.cg_iterations, args.cg_residual_tolerance)
-    damped_hessian_x = hessian(x)
-    hessian_x = damped_hessian_x - args.cg_damping * x
+    x = conjugate_gradient(damped, g, args.cg_iterations, args.cg_residual_tolerance)
+    damped_x = damped(x)
+    hessian_x = damped_x - args.cg_damping * x
 
     # Step 5: the full step Δ, to the edge of the modelled trust region. It takes no log-std below its floor.
     step = full_step(x, hessian_x, args.max_kl, args.max_step_size)
@@ -303,7 +303,7 @@ def update(agent: Agent, rollout: Rollout, advantages: Tensor, args: Args) -> di
             "losses/approx_kl": (ratio - 1.0 - log_ratio).mean(),  # from the actions taken; above kl: overfitting
             "losses/clipfrac": ((ratio - 1.0).abs() > 0.2).float().mean(),  # to compare with ppo_clip_continuous.py
             "charts/line_search_steps": result.tries,
-            "charts/cg_residual": ((g - damped_hessian_x).norm() / (g.norm() + 1e-12)).nan_to_num(1.0, 1.0),  # relative
+            "charts/cg_residual": ((g - damped_x).norm() / (g.norm() + 1e-12)).nan_to_num(1.0, 1.0),  # relative
             "charts/step_norm": taken.norm(),
             "charts/skipped_updates": not result.accepted,
         }

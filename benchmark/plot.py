@@ -173,8 +173,6 @@ def outcome() -> str:
         for what, word in (("behind", "behind on"), ("undecided beside", "undecided on")):
             if tasks := [env_id for env_id, verdict in verdicts.items() if verdict == what]:
                 others.append(f"{word} {' and '.join(tasks)}")
-        if algorithm == "npg" and (same := [env_id for env_id in verdicts if is_trpo(summary(), env_id)]):
-            others.append(f"with the very runs of TRPO on {' and '.join(same)}")
         parts.append(f"{name} on {good} of {len(verdicts)} tasks" + f" ({', '.join(others)})" * bool(others))
     return (
         "Ahead of or level with the best figure that we know of, published for the same algorithm with one setting for "
@@ -189,8 +187,6 @@ def results_table() -> str:
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
         cells = [beside_published(algorithm, env_id)[0] for algorithm in NAMES]
-        if is_trpo(rows, env_id):
-            cells[-1] += "<br>the same runs as TRPO"
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     for env_id, own, what in (("Swimmer-v5", "gamma", "`--gamma 0.9999`"),):
@@ -199,13 +195,6 @@ def results_table() -> str:
         if any(cells):
             lines.append(f"| not counted: {env_id}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def is_trpo(rows: dict, env_id: str) -> bool:
-    """Whether NPG's runs of a task are TRPO's, as where the line search never had to shorten a step."""
-    pairs = [rows.get((algorithm, env_id), []) for algorithm in ("trpo", "npg")]
-    figures = [[(run["seed"], run["train_last_100"], run["evaluation_mean"]) for run in runs] for runs in pairs]
-    return len(figures[0]) > 0 and figures[0] == figures[1]
 
 
 def means(runs: list[dict[str, str]]) -> str:
@@ -221,8 +210,6 @@ def means_table() -> str:
     lines = ["| | " + " | ".join(NAMES.values()) + " |", "| --- |" + " --- |" * len(NAMES)]
     for env_id in ORDER:
         cells = [means(rows.get((algorithm, env_id), [])) for algorithm in NAMES]
-        if is_trpo(rows, env_id):
-            cells[-1] = "the same runs as TRPO"
         if any(cells):
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
