@@ -171,12 +171,11 @@ def outcome() -> str:
         others = []
         for what, word in (("behind", "behind on"), ("undecided beside", "undecided on")):
             if tasks := [env_id for env_id, verdict in verdicts.items() if verdict == what]:
-                others.append(f"{word} {' and '.join(filter(None, [', '.join(tasks[:-1]), tasks[-1]]))}")
-        parts.append(f"{name} on {good} of {len(verdicts)} tasks" + f" ({', '.join(others)})" * bool(others))
+                others.append(f"{word} {', '.join(tasks)}")
+        parts.append(f"{name} on {good} of {len(verdicts)} tasks" + f" ({'; '.join(others)})" * bool(others))
     return (
         "Ahead of or level with the best figure that we know of, published for the same algorithm with one setting for "
-        f"all tasks (on older versions of them): {'; '.join(parts)}. Undecided is what would be level, but has fewer "
-        f"than {ENOUGH} seeds, or an interval that reaches below half of the figure."
+        f"all tasks (on older versions of them): {'; '.join(parts)}."
     )
 
 
@@ -358,9 +357,10 @@ def torchrun_table() -> str:
     return "\n".join(lines)
 
 
+UNDECIDED = f"Undecided: level, but with fewer than {ENOUGH} seeds or an interval reaching below half of the figure."
 README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
-    (README, "results"): lambda: f"{means_table()}\n\n{outcome()}\n\n{atari_line()}",
+    (README, "results"): lambda: f"{means_table()}\n\n{outcome()} {UNDECIDED}\n\n{atari_line()}",
     (PAGE, "steered"): steered_table,
     (PAGE, "outcome"): outcome,
     (PAGE, "results"): results_table,
