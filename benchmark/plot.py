@@ -8,6 +8,7 @@ tests/test_benchmark.py fails when they do.
 """
 
 import csv
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -93,13 +94,14 @@ FEWEST = 3  # seeds below which there is no interval, and no verdict
 ENOUGH = 5  # seeds below which an interval that holds the published figure decides nothing
 
 
+@functools.cache
 def summary() -> dict[tuple[str, str], list[dict[str, str]]]:
     """{(algorithm, environment): rows of results/summary.csv, by seed}."""
     rows = defaultdict(list)
     with (RESULTS / "summary.csv").open() as f:
         for row in sorted(csv.DictReader(f), key=lambda row: int(row["seed"])):
             rows[row["algorithm"], row["env_id"]].append(row)
-    return rows
+    return dict(rows)
 
 
 def curve_of(run: dict[str, str]) -> Path:
@@ -115,23 +117,23 @@ def short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
-def mean_of_tasks(*tasks: np.ndarray) -> float:
-    """Mean over several tasks, each an array with one score a run: every task counts the same."""
-    return float(np.mean([runs.mean() for runs in tasks]))
+def mean_of_tasks(*tasks: np.ndarray) -> np.ndarray:
+    """Mean over several tasks, each [..., its number of runs] of scores: every task counts the same."""
+    return np.mean([runs.mean(-1) for runs in tasks], axis=0)
 
 
-def interquartile_mean(*tasks: np.ndarray) -> float:
-    """Mean of the middle half of all the runs of several tasks (Agarwal et al. 2021)."""
-    runs = np.sort(np.concatenate(tasks))
-    cut = len(runs) // 4
-    return float(runs[cut : len(runs) - cut].mean())
+def interquartile_mean(*tasks: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of all the runs of several tasks, each [..., its number of runs] (Agarwal et al. 2021)."""
+    runs = np.sort(np.concatenate(tasks, axis=-1))
+    cut = runs.shape[-1] // 4
+    return runs[..., cut : runs.shape[-1] - cut].mean(-1)
 
 
 def interval(tasks: list[np.ndarray], statistic) -> tuple[float, float]:
     """95% percentile bootstrap interval; the runs of each task are drawn among themselves."""
     rng = np.random.default_rng(0)  # in numpy, as the tests that compare tables with data do without scipy
-    draws = [statistic(*(rng.choice(runs, len(runs)) for runs in tasks)) for _ in range(2000)]
-    return tuple(np.percentile(draws, [2.5, 97.5]))
+    draws = [rng.choice(runs, (2000, len(runs))) for runs in tasks]
+    return tuple(np.percentile(statistic(*draws), [2.5, 97.5]))
 
 
 def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple[str, str]:
@@ -155,6 +157,7 @@ def cell(runs: list[dict[str, str]], best: float | None, compared: str) -> tuple
     return "<br>".join(parts), verdict
 
 
+@functools.cache
 def beside_published(algorithm: str, env_id: str) -> tuple[str, str]:
     """(text, verdict) of `cell`, for one algorithm on one task."""
     best = PUBLISHED.get(env_id, {}).get(algorithm)
@@ -289,11 +292,11 @@ def peers_table() -> str:
     lines = ["| | " + " | ".join(names[name] for name in columns) + " |", "| --- |" + " --- |" * len(columns)]
     for env_id in ORDER:
         if any((peer, env_id) in rows for peer in ("sb3_ppo", "sb3_trpo")):
-            cells = [mean_and_spread(rows[name, env_id]) for name in columns]
+            cells = [mean_and_spread(rows.get((name, env_id), [])) for name in columns]
             lines.append(f"| {env_id} | " + " | ".join(cells) + " |")
     cells = []
     for name in columns:
-        runs = rows[name, "HalfCheetah-v5"]
+        runs = rows.get((name, "HalfCheetah-v5"), [])
         steps = [float(run["steps_to_3000"] or "inf") for run in runs]
         reached = f"{np.isfinite(steps).sum()} of {len(runs)} seeds"
         if not runs or np.isinf(np.median(steps)):

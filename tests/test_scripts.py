@@ -325,11 +325,6 @@ def test_wrong_arguments_are_refused_in_one_sentence_before_any_work(tmp_path, m
     assert "opencv" in refused(atari, "", capsys)
 
 
-def test_the_exit_status_of_a_refusal_is_2_in_the_shell(tmp_path):
-    assert "gamma: 2.0" in run(trpo, "--gamma", 2, cwd=tmp_path, status=2)
-    assert not list(tmp_path.iterdir())
-
-
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
