@@ -123,7 +123,7 @@ def mean_of_tasks(*tasks: np.ndarray) -> np.ndarray:
 
 
 def interquartile_mean(*tasks: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of all the runs of several tasks, each [..., its number of runs] (Agarwal et al. 2021)."""
+    """Mean of the middle half of the runs of several tasks, each [..., its number of runs] (Agarwal et al. 2021)."""
     runs = np.sort(np.concatenate(tasks, axis=-1))
     cut = runs.shape[-1] // 4
     return runs[..., cut : runs.shape[-1] - cut].mean(-1)
