@@ -360,10 +360,18 @@ def torchrun_table() -> str:
     return "\n".join(lines)
 
 
-UNDECIDED = f"Undecided: level, but with fewer than {ENOUGH} seeds or an interval reaching below half of the figure."
+UNDECIDED = f" Undecided: level, but with fewer than {ENOUGH} seeds or an interval reaching below half of the figure."
+
+
+def readme_table() -> str:
+    """Means, verdicts and Atari scores, as README.md shows them."""
+    verdicts = outcome()
+    return f"{means_table()}\n\n{verdicts}{UNDECIDED * ('undecided' in verdicts)}\n\n{atari_line()}"
+
+
 README, PAGE = ROOT / "README.md", ROOT / "benchmark" / "README.md"
 TABLES = {  # (file, marker): what stands between <!-- marker --> and <!-- end of marker -->
-    (README, "results"): lambda: f"{means_table()}\n\n{outcome()} {UNDECIDED}\n\n{atari_line()}",
+    (README, "results"): readme_table,
     (PAGE, "steered"): steered_table,
     (PAGE, "outcome"): outcome,
     (PAGE, "results"): results_table,
