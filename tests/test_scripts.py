@@ -43,10 +43,10 @@ def start(script, *arguments, cwd):
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run(script, *arguments, cwd, status=0):
+def run(script, *arguments, cwd):
     process = start(script, *arguments, cwd=cwd)
     out, _ = process.communicate()
-    assert process.returncode == status, out
+    assert process.returncode == 0, out
     return out
 
 
