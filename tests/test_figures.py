@@ -57,12 +57,6 @@ def test_line_search_and_conjugate_gradient_on_a_real_batch():
     assert errors[0.1][20] < 1e-2
 
 
-def test_kl_per_update_comes_from_real_runs():
-    data = draw.kl_per_update(draw.Args(**SMALL))
-    assert all(len(data[name]) >= 2 and (data[name][:, 1] > 0).all() for name in draw.COLORS)
-    assert (data["TRPO"][:, 1] <= data["delta"]).all()
-
-
 def test_every_picture_in_the_repository_can_be_drawn_again(tmp_path):
     pytest.importorskip("matplotlib")
     draw.main(draw.Args(**SMALL, folder=tmp_path))

@@ -180,8 +180,7 @@ def test_target_kl_ends_the_iteration_after_an_epoch_that_went_too_far(kl, epoch
     assert len(calls) == 4 * epochs
 
 
-@pytest.mark.parametrize("script", [clip, kl_penalty], ids=["clip", "kl"])
-@pytest.mark.parametrize("adapt_lr", [True, False])
+@pytest.mark.parametrize("script, adapt_lr", [(clip, True), (kl_penalty, True), (clip, False)])
 def test_the_learning_rate_follows_the_kl_below_its_decay_and_across_a_resume(script, adapt_lr, tmp_path):
     options = {"learning_rate": 3e-3, "adapt_lr": adapt_lr}
     script.train(quick(script, tmp_path, 4, **options))
@@ -279,7 +278,7 @@ def test_the_coefficient_follows_the_exact_kl_once_an_iteration_and_across_a_res
     assert expected != 3.0 and float(kl_penalty.load_checkpoint(tmp_path)["agent"]["kl_coef"]) == expected
 
 
-@each
+@pytest.mark.parametrize("script", [trpo, clip], ids=["trpo", "clip"])
 def test_the_critic_learns_the_value_of_an_endless_task_through_its_time_limit(script, tmp_path):
     """Reward 1 for ever at γ = 0.9 is worth 10. Taking the time limit for an end would give at most 8.8, and less
     on average: 5.6."""

@@ -107,21 +107,16 @@ def test_the_same_seed_gives_the_same_scalars_and_another_seed_others_and_steps_
     assert rates == pytest.approx([1.0, 0.5])  # on the way to 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_process_resumes_where_it_was(number, tmp_path):
+def test_a_killed_process_resumes_where_it_was(tmp_path):
     sizes = ["--num-envs", 2, "--num-steps", 64, "--num-minibatches", 4, "--checkpoint-interval", 2]
     process = start(clip, "--env-id", "Pendulum-v1", "--run-dir", "a", *sizes, cwd=tmp_path)
     saved_step = lambda: clip.load_checkpoint(tmp_path / "a")["global_step"]  # noqa: E731
     while process.poll() is None and not ((tmp_path / "a" / "checkpoint.pt").exists() and saved_step() > 0):
         time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate()
+    process.kill()
+    process.communicate()
     step = saved_step()
-    assert step > 0 and step % 128 == 0
-    if number == signal.SIGKILL:
-        assert process.returncode == -number
-    else:
-        assert process.returncode == 128 + number and f"stopped at step {step}; go on with --resume a" in out
+    assert process.returncode == -signal.SIGKILL and step > 0 and step % 128 == 0
     clip.train(quick(clip, None, step // 128 + 2, resume=tmp_path / "a"))
     steps = [step for step, _ in scalars(tmp_path / "a")["losses/value_loss"]]
     assert steps == list(range(128, step + 2 * 128 + 1, 128))  # none lost, none twice
@@ -141,14 +136,15 @@ def test_a_run_and_its_resumption_within_one_second_are_read_in_order_and_nothin
 
 
 @each_of_four
-def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch):
+def test_a_signal_ends_the_run_after_its_iteration(script, tmp_path, monkeypatch, capsys):
     update, before = script.update, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(script, "update", lambda *x: os.kill(os.getpid(), signal.SIGTERM) or update(*x))
     args = quick(script, tmp_path, 3)
     with pytest.raises(SystemExit) as stopped:
         script.train(args)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert script.load_checkpoint(tmp_path)["global_step"] == args.num_envs * args.num_steps
+    step = args.num_envs * args.num_steps
+    assert stopped.value.code == 128 + signal.SIGTERM and script.load_checkpoint(tmp_path)["global_step"] == step
+    assert f"stopped at step {step}; go on with --resume {tmp_path}" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before  # the program around it has its own again
 
 
@@ -245,8 +241,8 @@ def test_a_video_needs_no_display_and_its_camera_follows_what_runs_away(tmp_path
         env = clip.make_env("HalfCheetah-v5", opened, tmp_path / "cheetah")
         env.reset()
         first = env.render()
-        for _ in range(40):
-            env.unwrapped.data.qpos[0] += 1.0  # 40 m ahead, where a camera that stands still sees the floor alone
+        for _ in range(8):
+            env.unwrapped.data.qpos[0] += 5.0  # 40 m ahead, where a camera that stands still sees the floor alone
             env.step(env.action_space.sample() * 0)
         last = env.render()
     reddish = lambda frame: (frame[..., 0] > frame[..., 2] + 40.0).mean()  # noqa: E731  the cheetah's colour

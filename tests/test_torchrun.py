@@ -14,11 +14,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, each, each_of_four, quick, scalars
+from helpers import ROOT, SCRIPTS, each_of_four, quick, scalars
 from torch import distributed
 
 import ppo_atari as atari
 import ppo_clip_continuous as clip
+import ppo_kl_continuous as kl_penalty
+import trpo_continuous as trpo
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["helpers", "torch._dynamo"])
@@ -67,19 +69,18 @@ def learn(name, args):
     script.train(args)
 
 
-@each
-def test_two_and_four_processes_learn_bit_for_bit_what_one_learns(script, tmp_path):
+@pytest.mark.parametrize("script, several", [(trpo, 4), (clip, 2), (kl_penalty, 2)], ids=["trpo", "clip", "kl"])
+def test_several_processes_learn_bit_for_bit_what_one_learns(script, several, tmp_path):
     """From the same observations, in 3 iterations: networks, statistics, optimizer, random state, and the log."""
     runs = []
-    for world in (1, 2, 4):
+    for world in (1, several):
         run_dir = tmp_path / f"{world}"
         assert together(world, tmp_path, learn, script.SCRIPT, quick(script, run_dir, 3, num_envs=4)) == [0] * world
         checkpoint, logged = script.load_checkpoint(run_dir), scalars(run_dir)
         del checkpoint["args"], checkpoint["script"], logged["charts/SPS"]
         runs.append((checkpoint, logged))
-    for checkpoint, logged in runs[1:]:
-        torch.testing.assert_close(checkpoint, runs[0][0], rtol=0.0, atol=0.0)
-        assert logged == runs[0][1] and len(logged["losses/value_loss"]) == 3
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=0.0, atol=0.0)
+    assert runs[1][1] == runs[0][1] and len(logged["losses/value_loss"]) == 3
 
 
 def average():
@@ -172,9 +173,9 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_and_so_is_an_evaluat
         script.check_args(quick(script, None, num_envs=3, evaluate=tmp_path))
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "kill", "reward"])
+@pytest.mark.parametrize("end", ["SIGTERM", "reward"])
 def test_what_ends_one_process_ends_torchrun_and_the_run_goes_on_with_any_number(end, tmp_path):
-    """SIGTERM to torchrun; SIGKILL to one process, or a NaN in it, in its second iteration."""
+    """SIGTERM to torchrun, or a NaN in one process in its second iteration."""
     env_id = "toy_envs:Endless-v0" if end == "SIGTERM" else f"toy_envs:Held-{end}-v0"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = "--run-dir a --num-envs 2 --num-steps 64 --num-minibatches 4 --num-epochs 1 --checkpoint-interval 1"
@@ -189,7 +190,7 @@ def test_what_ends_one_process_ends_torchrun_and_the_run_goes_on_with_any_number
     step, said = saved_step(), re.findall(r"stopped at step .*|stopped: .*", out)
     assert torchrun.returncode == 1, out
     if end != "SIGTERM":
-        assert step == 128 and "".join(said).count("NaN") == len(said) == (end == "reward"), out
+        assert step == 128 and "".join(said).count("NaN") == len(said) == 1, out
         return
     assert step % 128 == 0 and len(said) == 1 and said[0].startswith(f"stopped at step {step}; go on with --resume a")
     steps = step // 128 + 2

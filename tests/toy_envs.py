@@ -41,8 +41,6 @@ class Held(Endless):
         fault = self.fault if self.t == 95 and os.environ.get("RANK", "1") == "1" else None
         for _ in range(2 if fault == "signals" else 0):  # the second one ends the run at once
             os.kill(os.getpid(), signal.SIGTERM)
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
         obs, reward = np.full(1, np.inf if fault == "observation" else 0.0, np.float32), 1.0
         return obs, np.nan if fault == "reward" else reward, False, False, {}
 
@@ -86,7 +84,7 @@ class Odd(gym.Env):
 
 for env in (Endless, Held, Odd):
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=20)
-for fault in ("reward", "observation", "start", "signals", "kill"):
+for fault in ("reward", "observation", "start", "signals"):
     gym.register(f"Held-{fault}-v0", Held, max_episode_steps=20, kwargs={"fault": fault})
 gym.register("Counting-v0", Counting, max_episode_steps=7)
 gym.register("Limitless-v0", Endless)
