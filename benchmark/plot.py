@@ -19,12 +19,7 @@ from run import file_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-NAMES = {  # of NPG the runs before the damping of 3, until its campaign with it is there
-    "ppo_clip": "PPO, clipped",
-    "ppo_kl": "PPO, adaptive KL",
-    "trpo": "TRPO",
-    "damped_npg": "NPG, damping 0.1",
-}
+NAMES = {"ppo_clip": "PPO, clipped", "ppo_kl": "PPO, adaptive KL", "trpo": "TRPO", "npg": "NPG"}
 FIXED = {"ppo_clip_fixed": "PPO, clipped, rate on its line", "ppo_kl_fixed": "PPO, adaptive KL, rate on its line"}
 TABLE_1 = {  # the rows of table1.py
     "none": "no clipping or penalty",
@@ -55,6 +50,7 @@ OTHERS = {
     **{f"without_{key}": f"clipping, our defaults, but not {name}" for key, name in CHANGES.items()},
     "ppo_clip_gamma": "PPO, clipped, γ = 0.9999",
     "ppo_kl_gamma": "PPO, adaptive KL, γ = 0.9999",
+    "damped_npg": "NPG, damping 0.1",
     "damped_trpo_no_floor": "TRPO, damping 0.1, no floor",
     "damped_npg_no_floor": "NPG, damping 0.1, no floor",
     "trpo_gamma": "TRPO, γ = 0.9999",
@@ -66,7 +62,7 @@ OTHERS = {
     "ppo_atari_float32": "PPO, Atari, in float32",
     "random": "random policy",
 }
-COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "damped_npg": "#CC79A7"}
+COLORS = {"ppo_clip": "#0072B2", "ppo_kl": "#E69F00", "trpo": "#009E73", "npg": "#CC79A7"}
 # The best published figure with one setting for all tasks, 1M steps, of PPO, its KL penalty, TRPO and NPG. Those for
 # Ant are of v3 and v4, which do not observe contact forces.
 PUBLISHED = {
